@@ -1,0 +1,186 @@
+"""`fastseq bench`: pick cases, run them, print, save, plot, compare.
+
+The exit status is 1 if a result is wrong or, with --compare, has become slower.
+
+    fastseq bench crf                                     all suites at all shapes
+    fastseq bench crf --suite loss --shape 32,64,9        one case
+    fastseq bench crf --json new.json --compare old.json  flag what has become slower
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+
+from fastseq_benchmarks import machine, plot, report, results
+from fastseq_benchmarks.results import Report
+from fastseq_benchmarks.runner import Effort, run_case
+
+__all__ = ["main"]
+
+FAMILIES = ("crf", "pointer", "attention", "models")
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+QUICK = Effort(budget_s=2.0, min_rounds=6)
+QUICK_SHAPES = 2
+
+
+class UsageError(Exception):
+    """What the command line asks for cannot be had; the message says what can."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return 0, 1 for a wrong result or a regression, 2 for bad arguments."""
+    try:
+        options = _parser().parse_args(argv)
+        return _run(options)
+    except (UsageError, ValueError) as error:
+        print(f"fastseq bench: {error}")
+        return 2
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastseq bench", description="Time fastseq against its peers, after checking both.")
+    add = parser.add_argument
+    add(
+        "family",
+        nargs="?",
+        default="crf",
+        metavar="FAMILY",
+        help=f"one of {', '.join(FAMILIES)}; default crf",
+    )
+    add("--suite", action="append", help="only this suite; may be repeated")
+    add("--shape", action="append", help="only this shape, as in 32,64,9; may be repeated")
+    add("--plot", type=Path, metavar="F", help="draw the speed-ups into F.svg or F.png")
+    add("--json", type=Path, metavar="F", help="write all numbers, and what machine they are from, into F")
+    add("--compare", type=Path, metavar="OLD.json", help="compare with an earlier --json")
+    add("--quick", action="store_true", help="a first look: two small shapes, two seconds each")
+    add("--budget", type=float, metavar="S", help=f"seconds of timing a case; default {Effort.budget_s:g}")
+    add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default %(default)s")
+    add("--device", default="cpu", help="cpu (the default) or cuda")
+    add("--dtype", default="float32", help=f"one of {', '.join(DTYPES)}; default float32")
+    add("--seed", type=int, default=0, help="of the inputs; default 0")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Check all options, then measure."""
+    family = _family(options.family)
+    cases, tables = _select(family, options)
+    effort = QUICK if options.quick else Effort()
+    if options.budget is not None:
+        effort = Effort(budget_s=options.budget, min_rounds=effort.min_rounds)
+    old = results.load(options.compare) if options.compare else None
+    if options.plot and options.plot.suffix not in plot.FORMATS:  # not after minutes of measuring
+        raise UsageError(
+            f"--plot: got {options.plot.name!r}, wanted a name that ends in {' or '.join(plot.FORMATS)}"
+        )
+    torch.set_num_threads(options.threads)
+    kept = ("family", "suite", "shape", "quick", "budget", "threads", "device", "dtype", "seed")
+    new = Report(machine.describe(options.device), {name: getattr(options, name) for name in kept})
+    print("\n".join(f"{key:12s} {value}" for key, value in new.machine.items()))
+    for case in cases:
+        new.cases.append(run_case(case, effort, options.seed))
+        report.print_table(report.case_table(new.cases[-1]))
+    for table in tables:
+        new.tables.append(table(DTYPES[options.dtype], options.device))
+        report.print_table(new.tables[-1])
+    return _finish(new, old, options)
+
+
+def _finish(new: Report, old: Report | None, options: argparse.Namespace) -> int:
+    """Save, draw, compare; return the exit status."""
+    wrong = [f"{case.key}: {rival.name}: {rival.note}" for case in new.cases for rival in case.wrong]
+    for line in wrong:
+        print(f"WRONG: {line}")
+    for case in new.cases:
+        if not case.judged:
+            print(f"NOT JUDGED: {case.key}: the baseline disagrees with itself, or nothing was timed")
+    if options.json:
+        results.save(new, options.json)
+    if options.plot:
+        try:
+            plot.draw(new, options.plot)
+        except ImportError:
+            raise UsageError(
+                "--plot: matplotlib is not installed: pip install 'fastseq-kernels[bench]'"
+            ) from None
+    regressions = 0
+    if old is not None:
+        for line in report.differing(old, new):
+            print(f"the two runs differ in {line}")
+        table, regressions = report.compare(old, new)
+        report.print_table(table)
+        print(f"{regressions} regressions in {len(table.rows)} results that both runs have")
+    return 1 if wrong or regressions else 0
+
+
+def _family(name: str) -> ModuleType:
+    """The module of a family."""
+    module = f"fastseq_benchmarks.{name}"
+    there = [f for f in FAMILIES if importlib.util.find_spec(f"fastseq_benchmarks.{f}") is not None]
+    if name not in there:
+        problem = "is not there yet" if name in FAMILIES else "is not a family"
+        raise UsageError(f"{name!r} {problem}; there is: {', '.join(there)}")
+    return importlib.import_module(module)
+
+
+def _select(family: ModuleType, options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """The cases and the tables that the options ask for."""
+    names = [*family.SUITES, *family.TABLES]
+    wanted = options.suite or names
+    for name in wanted:
+        if name not in names:
+            raise UsageError(f"--suite: got {name!r}, wanted one of {', '.join(names)}")
+    if options.dtype not in DTYPES:
+        raise UsageError(f"--dtype: got {options.dtype!r}, wanted one of {', '.join(DTYPES)}")
+    if options.device not in ("cpu", "cuda"):
+        raise UsageError(f"--device: got {options.device!r}, wanted cpu or cuda")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: got cuda, but this torch finds no CUDA device")
+    if options.threads < 1:
+        raise UsageError(f"--threads: got {options.threads}, wanted at least 1")
+    shapes = [_shape(text, family.LETTERS) for text in options.shape or []]
+    shapes = shapes or family.SHAPES[: QUICK_SHAPES if options.quick else None]
+    cases = [
+        case
+        for name in family.SUITES
+        if name in wanted
+        for case in family.SUITES[name](shapes, DTYPES[options.dtype], options.device)
+    ]
+    # A table has shapes of its own: a quick look, or one shape, does without unless it is asked for by name.
+    skip = not options.suite and (options.quick or options.shape)
+    return cases, [] if skip else [family.TABLES[name] for name in family.TABLES if name in wanted]
+
+
+def _shape(text: str, letters: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) != len(letters.split(",")) or not all(
+        part.strip().isdigit() and int(part) for part in parts
+    ):
+        raise UsageError(f"--shape: got {text!r}, wanted {letters}, each at least 1, as in 32,64,9")
+    return tuple(int(part) for part in parts)
+
+
+if __name__ == "__main__":
+    import sys
+
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,92 @@
+"""What a call costs besides time: operators run, bytes kept for backward, peak memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastseq.registry import NAMESPACE, OPS
+
+__all__ = ["count_ops", "kept_bytes", "peak_bytes"]
+
+Call = Callable[[], Any]
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that reach a backend.
+
+    A `fastseq::` op is the boundary where a backend is chosen, not work: what the backend runs is counted in
+    its place, which is one op of a compiled library, or all the aten ops that the eager backend is made of.
+    `detach` is not counted: autograd hands tensors on with it, more often under a mode than without one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == NAMESPACE:
+            with self:
+                return OPS[func._opname].run(*args, **(kwargs or {}))
+        self.count += func is not torch.ops.aten.detach.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_ops(call: Call) -> int:
+    """The number of aten and compiled fastseq operators that a call runs, views included, `detach` not."""
+    counter = _Counter()
+    with counter:
+        call()
+    return counter.count
+
+
+def kept_bytes(call: Call) -> int:
+    """The bytes of all distinct storages that autograd saves for backward, the call's own inputs included."""
+    kept: dict[int, torch.UntypedStorage] = {}  # holding them, so that no address comes twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_bytes(call: Call, device: str = "cpu") -> int | None:
+    """The most memory that a call adds while it runs, or None where that cannot be measured.
+
+    On a CUDA device it is the allocator's own count. On a CPU it is the growth of the process's resident set
+    (Linux only), which sees kernels' scratch buffers as well; it is good to about 0.2 MiB.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        if sys.platform != "linux":
+            return None
+        ctypes.CDLL(None).malloc_trim(0)  # give freed pages back: pages used again would not show as growth
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
+        call()
+        return max(_resident("VmHWM") - before, 0)
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024

@@ -1,0 +1,241 @@
+// Few tags (K <= 32): the lanes of a vector are W sequences, longest first, and a step is K*K multiply-adds of vectors.
+//
+//     alpha, x: [t][k][lane]     E: scalars, broadcast      counts: one vector per (i, j), summed over lanes at the end
+//
+// Cost per step and W sequences: 3 K^2 vector FMAs (forward, backward, counts), K exps, and three K x W transposes
+// between the layout of the tensors and that of the lanes. A lane idles once its sequence has ended.
+#pragma once
+#include "scaled.h"
+#include "semiring.h"
+
+namespace fastseq::FASTSEQ_ISA {
+
+constexpr int64_t kMaxTagsBySequence = 32;
+
+template <class V>
+class BySequence {
+ public:
+  static constexpr int W = V::W;
+
+  // Floats of scratch for one group of rows, the longest of L positions.
+  static int64_t scratch_floats(int64_t L, int64_t K, bool gradient) {
+    return (gradient ? L : 2) * (2 * K * W + W) + 2 * K * W + 2 * W * round_up(K, 16) + 64;
+  }
+
+  // rows[0..count): at most W rows with at least one position on, longest first. With a gradient, adds the group's share of
+  // the (K*K + 2*K) parameter sums, unscaled by the edges, to `sums`.
+  BySequence(const Job& job, const int64_t* rows, int count, float* scratch, float* sums)
+      : job_(job), K_(int(job.tables.K)), count_(count), gradient_(job.gradient != nullptr), sums_(sums) {
+    for (int l = 0; l < count; ++l) {
+      row_[l] = rows[l];
+      length_[l] = int(job.model.rows.length(rows[l]));
+      weight_[l] = gradient_ ? job.row_weight(rows[l]) : 0.f;
+      gap_[l] = INFINITY;
+    }
+    const int64_t steps = gradient_ ? length_[0] : 2;
+    alpha_ = scratch;
+    x_ = alpha_ + steps * K_ * W;
+    inverse_ = x_ + steps * K_ * W;
+    message_ = inverse_ + steps * W;
+    posterior_ = message_ + K_ * W;
+    staging_ = posterior_ + K_ * W;
+    spare_ = staging_ + W * round_up(K_, 16);
+    std::fill(spare_, spare_ + W * round_up(K_, 16), 0.f);
+  }
+
+  void run() {
+    forward();
+    if (!gradient_) return;
+    for (int l = 0; l < count_; ++l)
+      if (job_.marks[row_[l]]) forget(l);
+    backward();
+    count_transitions();
+  }
+
+ private:
+  int64_t slot(int t) const { return gradient_ ? t : t & 1; }
+  float* alpha(int t) const { return alpha_ + slot(t) * K_ * W; }
+  float* x(int t) const { return x_ + slot(t) * K_ * W; }
+  float* inverse(int t) const { return inverse_ + slot(t) * W; }
+  int64_t position(int l, int t) const { return job_.model.rows.of(row_[l])[t]; }
+
+  void forward() {
+    const V tiny = V::set(kTiny);
+    double maxima[W] = {};
+    LogProduct scales[W];
+    int active = count_;
+    for (int t = 0; t < length_[0]; ++t) {
+      while (length_[active - 1] <= t) --active;
+      float live[W];
+      for (int l = 0; l < W; ++l) live[l] = l < active ? 1.f : 0.f;
+      const V on = V::load(live), idle = V::set(1) - on;
+      const V top = load_emissions(t, active);
+      V total = idle;
+      uint32_t small = 0;
+      float* a = alpha(t);
+      float* x_t = x(t);
+      const auto finish_tag = [&](int k, V sum) {
+        const V x_k = V::exp_or_zero(V::load(x_t + k * W) - top);
+        const V p = x_k * sum;
+        x_k.store(x_t + k * W);
+        small |= V::not_ge(p + idle, tiny);
+        total = total + p;
+        p.store(a + k * W);
+      };
+      if (t)
+        lanes_by_table<SumProduct, V>(alpha(t - 1), job_.tables.edges, K_, finish_tag);
+      else
+        for (int k = 0; k < K_; ++k) finish_tag(k, V::set(job_.tables.start[k]));
+      small &= (1u << active) - 1;
+      if (__builtin_expect(small, 0)) look_closer(t, small);
+      uint32_t lost = V::not_ge(total, tiny);
+      for (int l = 0; lost; ++l, lost >>= 1)
+        if (lost & 1) job_.marks[row_[l]] = 1;
+      const V inverse_total = on / total;
+      inverse_total.store(inverse(t));
+      for (int k = 0; k < K_; ++k) (V::load(a + k * W) * inverse_total).store(a + k * W);
+      float totals[W], tops[W];
+      total.store(totals);
+      top.store(tops);
+      for (int l = 0; l < active; ++l) {
+        maxima[l] += tops[l];
+        scales[l].multiply(totals[l]);
+      }
+      for (int l = active - 1; l >= 0 && length_[l] == t + 1; --l) finish(l, t, maxima[l], scales[l].log());
+    }
+  }
+
+  // Fills x(t) with the emissions of position t, one lane a sequence (zeros where idle); returns the maxima over tags.
+  FASTSEQ_INLINE V load_emissions(int t, int active) {
+    const float* from[W];
+    for (int l = 0; l < W; ++l)
+      from[l] = l < active ? emission_row(job_.model.x, row_[l], position(l, t), staging_ + l * round_up(K_, 16)) : spare_;
+    float* x_t = x(t);
+    transpose<V>(from, x_t, W, K_);
+    V top = V::set(-FLT_MAX);
+    for (int k = 0; k < K_; ++k) top = max(V::load(x_t + k * W), top);
+    return top;
+  }
+
+  // Some alpha of these lanes is tiny. That is nothing if the tag is forbidden or cannot be reached; it is a pruned edge,
+  // for finish_row to weigh, if the emission underflowed; and else the row must be done again.
+  __attribute__((noinline)) void look_closer(int t, uint32_t lanes) {
+    float top;
+    for (int l = 0; lanes; ++l, lanes >>= 1) {
+      if (!(lanes & 1)) continue;
+      const float* e = emission_row(job_.model.x, row_[l], position(l, t), staging_);
+      top = -FLT_MAX;
+      for (int k = 0; k < K_; ++k) top = e[k] > top ? e[k] : top;
+      for (int k = 0; k < K_; ++k) {
+        if (alpha(t)[k * W + l] >= kTiny) continue;
+        if (x(t)[k * W + l] == 0) {
+          if (e[k] > -INFINITY) gap_[l] = std::min(gap_[l], top - e[k]);
+        } else if (reachable(t, k, l)) {
+          job_.marks[row_[l]] = 1;
+        }
+      }
+    }
+  }
+
+  bool reachable(int t, int k, int l) const {
+    if (t == 0) return job_.tables.start[k] > 0;
+    for (int i = 0; i < K_; ++i)
+      if (alpha(t - 1)[i * W + l] > 0 && job_.tables.edges[i * K_ + k] > 0) return true;
+    return false;
+  }
+
+  void finish(int l, int t, double maxima, double log_scales) {
+    float z = 0;
+    for (int k = 0; k < K_; ++k) z += alpha(t)[k * W + l] * job_.tables.end[k];
+    finish_row(job_, row_[l], maxima, log_scales, z, gap_[l]);
+  }
+
+  // A marked row takes no part in the backward pass: with alpha = 0 all that follows from it is 0.
+  void forget(int l) {
+    for (int t = 0; t < length_[0]; ++t)
+      for (int k = 0; k < K_; ++k) alpha(t)[k * W + l] = x(t)[k * W + l] = 0;
+  }
+
+  void backward() {
+    float padded[W] = {};
+    std::copy(weight_, weight_ + count_, padded);
+    const V weights = V::load(padded);
+    int active = 0;
+    for (int t = length_[0] - 1; t >= 0; --t) {
+      float beta[kMaxTagsBySequence * W];
+      if (t + 1 < length_[0])
+        lanes_by_table<SumProduct, V>(message_, job_.tables.edges_t, K_, [&](int k, V sum) { sum.store(beta + k * W); });
+      else
+        std::fill(beta, beta + K_ * W, 0.f);
+      const int were_active = active;
+      while (active < count_ && length_[active] > t) {
+        for (int k = 0; k < K_; ++k) beta[k * W + active] = job_.tables.end[k];
+        ++active;
+      }
+      V total = V::set(0);
+      for (int k = 0; k < K_; ++k) total = V::fma(V::load(alpha(t) + k * W), V::load(beta + k * W), total);
+      const V normal = V::where_positive(total, V::set(1) / total), inverse_t = V::load(inverse(t));
+      for (int k = 0; k < K_; ++k) {
+        const V a = V::load(alpha(t) + k * W), b = V::load(beta + k * W) * normal;
+        const V message = V::where_positive(a, V::load(x(t) + k * W) * b * inverse_t);
+        message.store(message_ + k * W);
+        (message * weights).store(x(t) + k * W);
+        V::where_positive(a, a * b * weights).store(posterior_ + k * W);
+      }
+      for (int l = were_active; l < active; ++l)
+        for (int k = 0; k < K_; ++k) sums_[K_ * K_ + K_ + k] += posterior_[k * W + l];
+      store_posteriors(t, active);
+    }
+    for (int k = 0; k < K_; ++k) sums_[K_ * K_ + k] += sum(V::load(posterior_ + k * W));
+  }
+
+  FASTSEQ_INLINE void store_posteriors(int t, int active) {
+    const int64_t ld = round_up(K_, 16);
+    const float* from[round_up(kMaxTagsBySequence, W)];
+    for (int k = 0; k < K_; ++k) from[k] = posterior_ + k * W;
+    for (int k = K_; k < round_up(K_, W); ++k) from[k] = spare_;
+    for (int k = 0; k < K_; k += W) transpose<V>(from + k, staging_ + k, ld, W);
+    for (int l = 0; l < active; ++l) store_gradient(job_, row_[l], position(l, t), staging_ + l * ld, weight_[l]);
+  }
+
+  // sums[i][j] += sum over t and lanes of alpha_{t-1}(i) * message_t(j), in tiles of vectors that stay in registers.
+  void count_transitions() {
+    constexpr int kTile = kRegisters == 32 ? 5 : 3;
+    in_pieces<kTile>(K_, [&](int i0, int rows) {
+      in_pieces<kTile>(K_, [&](int j0, int columns) {
+        with_constant<kTile>(rows, [&](auto n_i) {
+          with_constant<kTile>(columns, [&](auto n_j) { count_tile<n_i, n_j>(i0, j0); });
+        });
+      });
+    });
+  }
+
+  template <int NI, int NJ>
+  FASTSEQ_INLINE void count_tile(int i0, int j0) {
+    V sums[NI][NJ];
+    for (int i = 0; i < NI; ++i)
+      for (int j = 0; j < NJ; ++j) sums[i][j] = V::set(0);
+    for (int t = 1; t < length_[0]; ++t) {
+      const float *a = alpha(t - 1) + i0 * W, *m = x(t) + j0 * W;
+      V a_i[NI];
+      for (int i = 0; i < NI; ++i) a_i[i] = V::load(a + i * W);
+      for (int j = 0; j < NJ; ++j) {
+        const V m_j = V::load(m + j * W);
+        for (int i = 0; i < NI; ++i) sums[i][j] = V::fma(a_i[i], m_j, sums[i][j]);
+      }
+    }
+    for (int i = 0; i < NI; ++i)
+      for (int j = 0; j < NJ; ++j) sums_[(i0 + i) * K_ + j0 + j] += sum(sums[i][j]);
+  }
+
+  const Job& job_;
+  const int K_, count_;
+  const bool gradient_;
+  float* sums_;
+  int64_t row_[W];
+  int length_[W];
+  float weight_[W], gap_[W];
+  float *alpha_, *x_, *inverse_, *message_, *posterior_, *staging_, *spare_;
+};
+
+}  // namespace fastseq::FASTSEQ_ISA

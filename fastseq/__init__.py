@@ -1,0 +1,37 @@
+"""fastseq: compiled sequence layers for PyTorch, with a fallback to pure PyTorch that is itself fast.
+
+    fastseq.nn             modules: CRF, tag_constraints
+    fastseq.functional     the same without a module
+    fastseq.ops            tensors in, tensors out; torch.ops.fastseq.*
+    fastseq.use("eager")   force a backend;  fastseq.explain(op, *args)  says why one was or was not chosen
+    fastseq.patch(model)   swap what fastseq knows inside any module tree;  fastseq.unpatch(model)
+    fastseq.info()         versions, libraries, and the op x backend table
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastseq import functional, nn, ops
+from fastseq.registry import explain, use
+
+__version__ = "0.1.0.dev0"
+__all__ = ["explain", "functional", "info", "nn", "ops", "patch", "unpatch", "use"]
+
+
+def info() -> None:
+    """Print versions, instruction sets, compiled libraries, and each op's backends with the reason for every "no"."""
+    from fastseq._info import main
+
+    main()
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs more than torch and numpy, or is not on the training path, at its first use."""
+    import importlib
+
+    if name in {"patch", "unpatch"}:
+        return getattr(importlib.import_module("fastseq.integrations"), name)
+    if name in {"host", "integrations", "models", "recipes", "testing"}:
+        return importlib.import_module(f"fastseq.{name}")
+    raise AttributeError(f"module 'fastseq' has no attribute {name!r}")

@@ -1,0 +1,141 @@
+"""The report behind `fastseq info`: what is installed, what was built, and which backend can run what.
+
+It must work where everything else is broken: each section is collected by itself, and an exception becomes
+its text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["main", "report"]
+
+PACKAGES = (
+    "fastseq-kernels",
+    "torch",
+    "numpy",
+    "triton",
+    "flash-attn",
+    "transformers",
+    "accelerate",
+    "pytorch-crf",
+)
+VARIABLES = ("FASTSEQ_BACKEND", "FASTSEQ_ISA")
+
+
+def report() -> dict[str, Any]:
+    """All that `fastseq info` knows, in sections. A section that failed is {"error": "..."}."""
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "versions": _versions,
+        "machine": _machine,
+        "build": _build,
+        "libraries": _libraries,
+        "ops": _ops,
+    }
+    return {name: _guarded(collect) for name, collect in sections.items()}
+
+
+def main() -> None:
+    """Print the report."""
+    found = report()
+    for name in ("versions", "machine", "build", "libraries"):
+        print(f"{name}\n" + "\n".join(_lines(found[name])) + "\n")
+    print("ops: yes, or why a backend can run nothing here\n" + "\n".join(_table(found["ops"])))
+
+
+def _guarded(collect: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return collect()
+    except Exception as error:  # whatever is broken, the other sections must still be shown
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _versions() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    for package in ("torch", "numpy"):  # installed is one thing, and working another
+        try:
+            importlib.import_module(package)
+        except Exception as error:
+            found[package] += f", but it cannot be imported: {type(error).__name__}: {error}"
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    found: dict[str, Any] = {"system": platform.platform()}
+    found |= {f"${name}": os.environ[name] for name in VARIABLES if name in os.environ}
+    found |= _guarded(lambda: importlib.import_module("fastseq.host").cpu_features())
+    found |= _guarded(_torch_devices)
+    return found
+
+
+def _torch_devices() -> dict[str, Any]:
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus))
+    return {"torch threads": torch.get_num_threads(), "GPUs": names or "none"}
+
+
+def _build() -> dict[str, Any]:
+    record: dict[str, Any] = importlib.import_module("fastseq.library").build_record()
+    return record or {"record": "none: this copy of fastseq was not installed by its build"}
+
+
+def _libraries() -> dict[str, Any]:
+    library = importlib.import_module("fastseq.library")
+    found: dict[str, Any] = {d: library.why_not(d) or f"loaded, {library.path(d)}" for d in library.DEVICES}
+    if library.loaded("cpu"):
+        found["cpu kernels"] = f"{library.isa()} (of {', '.join(library.isas())})"
+    try:
+        importlib.import_module("fastseq._host")
+        found["host module"] = "loaded"
+    except ImportError as error:
+        found["host module"] = f"not loaded, its Python twin is used: {error}"
+    return found
+
+
+def _ops() -> dict[str, Any]:
+    importlib.import_module("fastseq.ops")
+    ops = importlib.import_module("fastseq.registry").OPS
+    return {name: {b.name: b.available() or "yes" for b in op.backends} for name, op in sorted(ops.items())}
+
+
+def _lines(section: dict[str, Any], indent: int = 2) -> list[str]:
+    """`key  value` a line; a dictionary's entries one step in."""
+    width = max(map(len, section), default=0)
+    lines = []
+    for key, value in section.items():
+        if isinstance(value, dict):
+            lines += [f"{'':{indent}}{key}", *_lines(value, indent + 2)]
+            continue
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        lines.append(f"{'':{indent}}{key:{width}}  {text}")
+    return lines
+
+
+def _table(ops: dict[str, Any]) -> list[str]:
+    """A row an op and a column a backend; below it each reason once."""
+    if "error" in ops:
+        return _lines(ops)
+    columns = list(dict.fromkeys(backend for row in ops.values() for backend in row))
+    reasons = list(dict.fromkeys(cell for row in ops.values() for cell in row.values() if cell != "yes"))
+    width = max(map(len, ops), default=0)
+    lines = [f"  {'':{width}}  " + "".join(f"{c:>10}" for c in columns)]
+    for name, row in ops.items():
+        cells = [_cell(row.get(column), reasons) for column in columns]
+        lines.append(f"  {name:{width}}  " + "".join(f"{c:>10}" for c in cells))
+    return [*lines, *(f"  [{i}] {reason}" for i, reason in enumerate(reasons, 1))]
+
+
+def _cell(text: str | None, reasons: list[str]) -> str:
+    return "-" if text is None else text if text == "yes" else f"no [{reasons.index(text) + 1}]"

@@ -1,0 +1,165 @@
+"""The command ``fastseq``: info, bench, train, compare, predict, data fetch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    import typer
+else:
+    try:
+        import typer
+    except ImportError:  # main() says what to install; `fastseq info` works without
+        typer = None
+
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+INSTALL = 'pip install "fastseq-kernels[recipes]"'
+
+
+def main() -> None:
+    """The console entry."""
+    if sys.argv[1:] == ["info"]:  # the one command that must work when everything else is broken
+        info()
+    elif typer is None:
+        sys.exit(f"fastseq: this command needs more packages: {INSTALL}")
+    else:
+        app()()
+
+
+def app() -> typer.Typer:
+    """The commands, as a typer application."""
+    commands = typer.Typer(
+        help="Compiled sequence layers for PyTorch, and recipes that train with them.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for command in (info, train, compare, predict):
+        commands.command()(command)
+    commands.command(context_settings=PASSED_ON)(bench)
+    data = typer.Typer(help="Real data to try the recipes on.", no_args_is_help=True)
+    data.command()(fetch)
+    data.command("list")(list_data)
+    commands.add_typer(data, name="data")
+    return commands
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Prints, with no traceback, what the user can put right or has to install."""
+    try:
+        from fastseq.recipes.errors import RecipeError
+    except ImportError as error:
+        sys.exit(f"fastseq: {error}: {INSTALL}")
+    try:
+        yield
+    except RecipeError as error:
+        sys.exit(f"fastseq: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"fastseq: {error}: {INSTALL}")
+
+
+def info() -> None:
+    """Versions, instruction sets, libraries, and each op's backends with the reason for every "no"."""
+    from fastseq._info import main as show
+
+    show()
+
+
+def bench(context: typer.Context) -> None:
+    """Measure the operators against their rivals (from a checkout: the benchmarks are not installed)."""
+    try:
+        run = importlib.import_module("fastseq_benchmarks.cli").main
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f'fastseq: {error}. The benchmarks come with the source: in a checkout, pip install -e ".[bench]"'
+        )
+    raise typer.Exit(run(list(context.args)))
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Which system: tagger.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of changed settings.")] = None,
+) -> None:
+    """Train, or go on with a run that was stopped: the same command again."""
+    with _clear_errors():
+        from fastseq import recipes
+        from fastseq.recipes.config import load
+        from fastseq.recipes.train import run
+
+        chosen = recipes.get(recipe)
+        settings = load(chosen.Config, recipes.RECIPES[recipe], config, overrides or [])
+        metrics = run(settings, chosen.build)
+        typer.echo(f"test: {'  '.join(f'{name} {value:.2f}' for name, value in metrics.items())}")
+        typer.echo(f"fastseq predict {recipe} {settings.run_dir} < text")
+
+
+def compare(
+    recipe: Annotated[str, typer.Argument(help="Which system: tagger.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of changed settings.")] = None,
+    sentences: Annotated[int, typer.Option(help="Training examples that each version sees.")] = 32000,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them here (PNG or SVG).")] = None,
+) -> None:
+    """The same training, plain against fastseq, side by side: what each lever gives."""
+    with _clear_errors():
+        from fastseq import recipes
+        from fastseq.recipes.checkpoint import save_json
+        from fastseq.recipes.config import load
+
+        chosen = recipes.get(recipe)
+        settings = load(chosen.Config, recipes.RECIPES[recipe], config, overrides or [])
+        figures = chosen.compare(settings, sentences)
+        if json is not None:
+            save_json(json, figures)
+        if plot is not None:
+            from fastseq.recipes.compare import draw
+
+            draw(figures, plot)
+
+
+def predict(
+    recipe: Annotated[str, typer.Argument(help="Which system: tagger.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A run directory, or the best.pt in it.")],
+    json: Annotated[bool, typer.Option("--json", help="A JSON object a line, with the entities.")] = False,
+) -> None:
+    """Read one text a line from the standard input, and write its tags as it comes."""
+    with _clear_errors():
+        from fastseq import recipes
+
+        for output in recipes.get(recipe).predict(checkpoint, sys.stdin, as_json=json):
+            typer.echo(output)
+
+
+def fetch(name: Annotated[str, typer.Argument(help="See: fastseq data list.")]) -> None:
+    """Bring a data set into the cache, once, and verify it."""
+    with _clear_errors():
+        from fastseq.recipes.fetch import SOURCES
+        from fastseq.recipes.fetch import fetch as bring
+
+        path = bring(name)
+        typer.echo(f"{SOURCES[name].about}\n{path}")
+
+
+def list_data() -> None:
+    """What can be fetched."""
+    with _clear_errors():
+        from fastseq.recipes.fetch import SOURCES
+
+        for name, source in SOURCES.items():
+            typer.echo(f"{name}  ({source.requirement})")
+
+
+if __name__ == "__main__":
+    main()

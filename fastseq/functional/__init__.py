@@ -1,0 +1,23 @@
+"""The stateless public functions: each checks its arguments, then makes one op call."""
+
+from fastseq.functional.crf import (
+    crf_entropy,
+    crf_log_likelihood,
+    crf_log_partition,
+    crf_marginals,
+    crf_nbest,
+    crf_sample,
+    crf_token_log_likelihood,
+    crf_viterbi,
+)
+
+__all__ = [
+    "crf_entropy",
+    "crf_log_likelihood",
+    "crf_log_partition",
+    "crf_marginals",
+    "crf_nbest",
+    "crf_sample",
+    "crf_token_log_likelihood",
+    "crf_viterbi",
+]

@@ -1,0 +1,207 @@
+"""What the host needs around training: batches of like length, and what this CPU and build are. No torch.
+
+The compiled module `fastseq._host` does the work where it was built; the twins in this file give the same
+results, bit for bit, where it was not.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+try:
+    from fastseq import _host
+except ImportError:  # not built; fastseq.library knows why
+    _host = None  # type: ignore[assignment]
+
+__all__ = ["bucket_batches", "build_record", "cpu_features", "padding_waste"]
+
+Int64s = npt.NDArray[np.int64]
+UInt64s = npt.NDArray[np.uint64]
+
+
+def bucket_batches(
+    lengths: npt.ArrayLike,
+    batch_size: int | None = None,
+    seed: int = 0,
+    *,
+    max_tokens: int | None = None,
+    drop_last: bool = False,
+    window: int | None = 100,
+) -> list[Int64s]:
+    """Plan batches of sequences of like length, in random order, so that little is computed on padding.
+
+    The sequences are shuffled, cut into windows of `window` batches, sorted by length inside each window, and
+    cut into batches; then the batches are shuffled. Equal arguments give equal plans on any machine; use
+    another seed for each epoch. Every index is in exactly one batch, unless `drop_last`.
+
+    A large window pads less, and a small one mixes lengths more. With `window=None` everything is sorted
+    together, which is the least padding that batches of this size can have (the one batch that is not full is
+    put where it pads least).
+
+    Args:
+        lengths: (N,) lengths of the sequences, integers, at least 0.
+        batch_size: Sequences in a batch, at most. Without `max_tokens`, all batches but one are full.
+        seed: From 0 to 2**64 - 1.
+        max_tokens: The most that a batch may hold, padding included: its size times its longest sequence.
+        drop_last: Leave out the N % batch_size sequences that do not fill a batch: a random choice, not the
+            longest.
+        window: Batches that are sorted together (hundreds of sequences, where `batch_size` is None); None for
+            all.
+
+    Returns:
+        One int64 array of indices a batch.
+
+    Raises:
+        TypeError: An argument is not of the wanted kind.
+        ValueError: An argument is out of range, or a sequence is longer than `max_tokens`.
+    """
+    array = _checked_lengths(lengths)
+    _check_integer("seed", seed, 0, 2**64 - 1)
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("window", window)):
+        if value is not None:
+            _check_integer(name, value, 1, 2**31 - 1)
+    if batch_size is None and max_tokens is None:
+        raise ValueError("batch_size: got None, wanted a number (or max_tokens)")
+    if drop_last and (batch_size is None or max_tokens is not None):
+        raise ValueError("drop_last: needs a batch_size, and no max_tokens: those batches differ in size")
+    if max_tokens is not None and array.size and array.max() > max_tokens:
+        raise ValueError(f"max_tokens: got {max_tokens}, wanted at least the longest sequence, {array.max()}")
+    together = max(1, array.size) if window is None else window * (batch_size or 100)
+    plan = _bucket_plan if _host is None else _host.bucket_plan
+    order, offsets = plan(array, batch_size or 0, max_tokens or 0, seed, bool(drop_last), together)
+    return [order[i:j] for i, j in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+
+
+def padding_waste(lengths: npt.ArrayLike, batches: Sequence[Int64s]) -> float:
+    """The share of padding in batches that are padded to their longest sequence: from 0 to 1."""
+    array = _checked_lengths(lengths)
+    padded = sum(int(array[b].max()) * len(b) for b in batches)
+    return 1 - sum(int(array[b].sum()) for b in batches) / padded if padded else 0.0
+
+
+def cpu_features() -> dict[str, Any]:
+    """This CPU: architecture, model, those of its features that matter here, and the best variant for it."""
+    found = _cpu_features() if _host is None else _host.cpu_features()
+    return {"architecture": platform.machine(), **found}
+
+
+def build_record() -> dict[str, Any]:
+    """What the build wrote down, and under "host" what the compiled module says of itself."""
+    from fastseq import library
+
+    return library.build_record() | ({} if _host is None else {"host": _host.build_record()})
+
+
+def _checked_lengths(lengths: npt.ArrayLike) -> Int64s:
+    array = np.asarray(lengths)
+    if array.ndim != 1:
+        raise ValueError(f"lengths: got shape {array.shape}, wanted (N,)")
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"lengths: got dtype {array.dtype}, wanted integers")
+    if array.size and array.min() < 0:
+        raise ValueError(f"lengths: got {array.min()}, wanted at least 0")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _check_integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value}, wanted {low} to {high}")
+
+
+# ---- the twins of csrc/host/buckets.cpp, which has the same steps in the same order ------------------------
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(z: UInt64s) -> UInt64s:
+    """splitmix64's output function, on arrays (whose arithmetic wraps around without a warning)."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    result: UInt64s = z ^ (z >> np.uint64(31))
+    return result
+
+
+def _shuffled(n: int, seed: int, stream: int) -> Int64s:
+    start = _mix(np.array([seed], np.uint64) + np.array([stream + 1], np.uint64) * _GAMMA)
+    keys = _mix(start + np.arange(1, n + 1, dtype=np.uint64) * _GAMMA)
+    return np.argsort(keys, kind="stable")
+
+
+def _place_of_remainder(ascending: Int64s, batch_size: int) -> int:
+    """Where the one batch that is not full goes: the place, in full batches before it, that pads least."""
+    full, rest = divmod(len(ascending), batch_size)
+    begin = np.arange(full) * batch_size
+    # Moving it one place up turns [rest][batch] into [batch][rest]: only these two batches' longest change.
+    end = ascending[begin + batch_size + rest - 1]
+    first, last = ascending[begin + rest - 1], ascending[begin + batch_size - 1]
+    cost = np.concatenate([[0], np.cumsum(batch_size * (last - end) + rest * (end - first))])
+    return int(np.argmin(cost))
+
+
+def _cut_by_count(ascending: Int64s, batch_size: int) -> list[int]:
+    full, rest = divmod(len(ascending), batch_size)
+    sizes = [batch_size] * full
+    if rest:
+        sizes.insert(_place_of_remainder(ascending, batch_size), rest)
+    return sizes
+
+
+def _cut_by_tokens(ascending: Int64s, batch_size: int, max_tokens: int) -> list[int]:
+    sizes, size = [], 0
+    for length in ascending.tolist():
+        if size and (size == batch_size or (size + 1) * length > max_tokens):
+            sizes.append(size)
+            size = 0
+        size += 1
+    return [*sizes, size] if size else sizes
+
+
+def _bucket_plan(
+    lengths: Int64s, batch_size: int, max_tokens: int, seed: int, drop_last: bool, window: int
+) -> tuple[Int64s, Int64s]:
+    order = _shuffled(len(lengths), seed, 0)
+    if drop_last:
+        order = order[: len(order) - len(order) % batch_size]
+    sizes: list[int] = []
+    for begin in range(0, len(order), window):
+        part = order[begin : begin + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        order[begin : begin + window] = part
+        if max_tokens:
+            sizes += _cut_by_tokens(lengths[part], batch_size, max_tokens)
+        else:
+            sizes += _cut_by_count(lengths[part], batch_size)
+    batches = np.split(order, np.cumsum(sizes)[:-1]) if sizes else []
+    chosen = [batches[j] for j in _shuffled(len(sizes), seed, 1).tolist()]
+    offsets = np.cumsum([0, *map(len, chosen)], dtype=np.int64)
+    return np.concatenate([order[:0], *chosen]), offsets
+
+
+_LINUX_FEATURES = {
+    "sse4.2": "sse4_2", "avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "avx512f": "avx512f",
+    "avx512bw": "avx512bw", "avx512vl": "avx512vl", "avx512dq": "avx512dq", "avx512cd": "avx512cd",
+    "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16",
+}  # fmt: skip
+_AVX2 = {"avx2", "fma", "f16c"}
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
+
+
+def _cpu_features() -> dict[str, Any]:
+    """The twin of csrc/common/cpu_features.cpp, from Linux's /proc/cpuinfo; elsewhere nothing is known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set(fields.get("flags", "").split())
+    found = [ours for ours, linux in _LINUX_FEATURES.items() if linux in flags]
+    isa = "avx512" if set(found) >= _AVX512 else "avx2" if set(found) >= _AVX2 else "baseline"
+    return {"model": fields.get("model name", ""), "features": found, "isa": isa}

@@ -1,0 +1,202 @@
+r"""Linear-chain conditional random fields: the contract of the op family, and its mathematics.
+
+Letters: B sequences, T positions, K tags. A row b is the positions t of `emissions[b]` that are on; call them 1..L. The
+score of a path y and the log-partition are
+
+    s(y)  = start[y_1] + sum_t emissions[t, y_t] + sum_{t>1} transitions[y_{t-1}, y_t] + end[y_L]
+    log Z = log sum_y exp s(y)                                (Lafferty et al. 2001; Sutton & McCallum 2012, section 4.1)
+
+and everything here is a sum over paths, or a search through them, in O(L K^2):
+
+    crf_nll          nll_b = log Z - s(tags); without tags, log Z itself
+    crf_nll_grad     scale * sum_b weights_b nll_b, and its gradient, in one forward-backward
+    crf_token_nll    -log p(y_t | y_1..y_{t-1}, x) for each position: nll split by the chain rule
+    crf_viterbi      the best path and its score;   crf_nbest   the n best, best first
+    crf_entropy      -sum_y p(y) log p(y);          crf_sample  exact samples from p(y)
+
+**Forward-backward in a scaled domain.** With E = exp(A - max A), X_t = exp(x_t - max x_t):
+
+    alpha_t ~ (alpha_{t-1} E) * X_t        scaled to sum 1;  log Z = sum_t log(scale_t) + the maxima taken out
+    beta_t  ~ E (X_{t+1} * beta_{t+1})     scaled so that alpha_t . beta_t = 1
+    d log Z / d x_t = alpha_t * beta_t     d log Z / d A = E * sum_t alpha_{t-1}^T (X_t * beta_t / scale_t)
+
+A step is a (B,K) x (K,K) product, with no exp and no log of a (B,K,K) tensor, and no graph is kept. What this can lose is
+a path that falls so far behind that it underflows, and later is the only one left. It is never lost silently: (1) a tag
+that a nonzero alpha reaches over a nonzero edge, yet whose alpha is below 2^-90, marks its row; (2) an entry of E or X
+that underflows counts as a pruned edge, and the row is marked unless log Z proves that the edge could not matter (the best
+conceivable path with it is 30 nats below log Z). Marked rows are done again, exactly, in the float64 log domain.
+
+**Conventions**, the same in every op and backend:
+
+- `emissions` (B,T,K) float64, float32, bfloat16 or float16. `transitions` (K,K), from x to, `start` (K,), `end` (K,) are
+  float64 if emissions are, else float32; so are results. Half types are read as they are, the arithmetic is float32.
+- `mask` (B,T) bool or None: any pattern. The sequence is the positions that are on; `tags` of -100 are off as well.
+- A row with no position on: nll 0, entropy 0, an empty path with score 0, gradient 0.
+- -inf forbids. A row in which nothing is possible has log Z = -inf and nll = +inf, with gradient 0; a row in which only its
+  `tags` are impossible has nll = +inf and the gradient of any other row: expected minus observed.
+- NaN or +inf in a row makes that row's results NaN, and no other's (`transitions` touch every row).
+- A tag id outside [0, K) that is not -100 raises ValueError, on a CPU; on other devices it is not looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastseq.ops.crf import eager, reference, samples
+from fastseq.registry import Op, needs
+
+__all__ = ["entropy", "nbest", "nll", "nll_grad", "sample", "token_nll", "viterbi"]
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PARAMETERS = "Tensor transitions, Tensor start, Tensor end"
+_MODEL = f"Tensor emissions, Tensor? mask, {_PARAMETERS}"
+_PATHS = f"Tensor emissions, Tensor? tags, Tensor? mask, {_PARAMETERS}"
+
+
+def _rows(emissions: Tensor, *trailing: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty (B, *trailing) output, float64 or float32 unless said otherwise."""
+    default = torch.float64 if emissions.dtype == torch.float64 else torch.float32
+    return emissions.new_empty((emissions.shape[0], *trailing), dtype=dtype or default)
+
+
+# ---- nll: the value, a row each --------------------------------------------------------------------------------------
+
+nll = Op(
+    f"crf_nll({_PATHS}) -> Tensor",
+    reference=reference.nll,
+    eager=eager.nll,
+    fake=lambda emissions, *_: _rows(emissions),
+    samples=samples.paths,
+)
+nll.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+
+
+def _nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _nll_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    emissions, tags, mask, *parameters = ctx.saved_tensors
+    _, *grads = nll_grad(emissions, tags, mask, *parameters, grad, 1.0)
+    return grads[0], None, None, *grads[1:]
+
+
+nll.autograd(setup=_nll_setup, backward=_nll_backward)
+
+
+# ---- nll_grad: the weighted sum and its gradient, together -----------------------------------------------------------
+
+
+def _fake_nll_grad(
+    emissions: Tensor,
+    tags: Tensor | None,
+    mask: Tensor | None,
+    transitions: Tensor,
+    start: Tensor,
+    end: Tensor,
+    weights: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    total = torch.empty_like(start[0])
+    return total, torch.empty_like(emissions), *(torch.empty_like(p) for p in (transitions, start, end))
+
+
+nll_grad = Op(
+    f"crf_nll_grad({_PATHS}, Tensor? weights, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.nll_grad,
+    eager=eager.nll_grad,
+    fake=_fake_nll_grad,
+    samples=samples.weighted_paths,
+)
+nll_grad.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+
+
+def _nll_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.scale = inputs[7]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], *output[1:])
+
+
+def _nll_grad_backward(ctx: Any, grad_total: Tensor | None, *grad_grads: Tensor | None) -> tuple[Any, ...]:
+    """Of the total: the gradients at hand, times grad_total. Of the gradients: the double backward, by `eager`."""
+    *inputs, grad_x, grad_a, grad_s, grad_e = ctx.saved_tensors
+    if torch.is_grad_enabled() or any(g is not None for g in grad_grads) or ctx.needs_input_grad[6]:
+        return *eager.double_backward(inputs, ctx.scale, grad_total, grad_grads), None
+    if grad_total is None:
+        return (None,) * 8
+    x, a, s, e = torch._foreach_mul((grad_x, grad_a, grad_s, grad_e), grad_total)
+    return x, None, None, a, s, e, None, None
+
+
+nll_grad.autograd(setup=_nll_grad_setup, backward=_nll_grad_backward)
+
+
+# ---- ops whose derivative is that of their eager implementation ------------------------------------------------------
+
+
+def _differentiate_eagerly(op: Op, differentiable: Any) -> None:
+    """Give `op` a backward pass that runs its plain-torch form again under autograd."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return eager.pull_back(differentiable, ctx.saved_tensors, grad)
+
+    op.autograd(setup=setup, backward=backward)
+
+
+token_nll = Op(
+    f"crf_token_nll({_PATHS.replace('Tensor? tags', 'Tensor tags')}) -> Tensor",
+    reference=reference.token_nll,
+    eager=eager.token_nll,
+    fake=lambda emissions, *_: _rows(emissions, emissions.shape[1]),
+    samples=samples.tagged_paths,
+)
+_differentiate_eagerly(token_nll, eager.token_nll)
+
+entropy = Op(
+    f"crf_entropy({_MODEL}) -> Tensor",
+    reference=reference.entropy,
+    eager=eager.entropy,
+    fake=lambda emissions, *_: _rows(emissions),
+    samples=samples.models,
+)
+entropy.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+_differentiate_eagerly(entropy, eager.entropy)
+
+
+# ---- searches and samples: no derivative -----------------------------------------------------------------------------
+
+viterbi = Op(
+    f"crf_viterbi({_MODEL}) -> (Tensor, Tensor)",
+    reference=reference.viterbi,
+    eager=eager.viterbi,
+    fake=lambda emissions, *_: (_rows(emissions, emissions.shape[1], dtype=torch.int64), _rows(emissions)),
+    samples=samples.models,
+)
+viterbi.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+
+nbest = Op(
+    f"crf_nbest({_MODEL}, int n) -> (Tensor, Tensor)",
+    reference=reference.nbest,
+    eager=eager.nbest,
+    fake=lambda emissions, mask, transitions, start, end, n: (
+        _rows(emissions, n, emissions.shape[1], dtype=torch.int64),
+        _rows(emissions, n),
+    ),
+    samples=samples.models_and_n,
+)
+nbest.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+
+sample = Op(
+    f"crf_sample(Tensor uniforms, {_MODEL}) -> Tensor",
+    reference=reference.sample,
+    eager=eager.sample,
+    fake=lambda uniforms, *_: torch.empty_like(uniforms, dtype=torch.int64, memory_format=torch.contiguous_format),
+    samples=samples.uniforms_and_models,
+)
+sample.compiled("cpu", needs(device="cpu", dtype=FLOATS))

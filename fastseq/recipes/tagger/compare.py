@@ -1,0 +1,299 @@
+"""``fastseq compare tagger``: the usual BiLSTM-CRF code against fastseq's, on the same budget."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastseq.models.tagger import SoftmaxDecoder, Tagger, mask_of
+from fastseq.recipes.compare import Variant, count_ops, paired_share, peak_memory, take_turns
+from fastseq.recipes.config import TrainConfig
+from fastseq.recipes.loading import evaluation_batches
+from fastseq.recipes.tagger.recipe import Config, build
+from fastseq.recipes.task import Task
+from fastseq.recipes.train import wants_bf16
+
+CHUNK = 1600
+"""Training sentences in a turn of the lever runs: enough for the buckets to find like lengths."""
+
+ROUNDS = 3
+PAIRS = 60
+
+
+class PlainTagger(nn.Module):
+    """The same network as it is usually written: a padded bidirectional LSTM, a CRF with pytorch-crf's names.
+
+    Args:
+        like: gives the sizes and the first weights.
+        decoder: the output layer.
+    """
+
+    decoder: Any  # pytorch-crf's, or one with its names
+
+    def __init__(self, like: Tagger, decoder: nn.Module) -> None:
+        super().__init__()
+        self.embeddings = copy.deepcopy(like.embeddings)
+        self.dropout = nn.Dropout(like.dropout.p)
+        ahead = cast(nn.LSTM, like.lstm.ahead[0])
+        layers = len(like.lstm.ahead)
+        between = like.dropout.p if layers > 1 else 0.0
+        self.lstm = nn.LSTM(
+            ahead.input_size, ahead.hidden_size, layers, batch_first=True, bidirectional=True, dropout=between
+        )
+        for layer, directions in enumerate(zip(like.lstm.ahead, like.lstm.back, strict=True)):
+            for suffix, direction in zip(("", "_reverse"), directions, strict=True):
+                for name, value in direction.state_dict().items():
+                    self.lstm.state_dict()[name.replace("_l0", f"_l{layer}{suffix}")].copy_(value)
+        self.output = copy.deepcopy(like.output)
+        self.decoder = decoder
+
+    def emissions(self, tokens: Tensor) -> Tensor:
+        """(B,T,K) scores of (B,T,F) ids; the LSTM runs over the padding, as is usual."""
+        embedded = torch.cat(
+            [table(ids) for table, ids in zip(self.embeddings, tokens.unbind(-1), strict=True)], -1
+        )
+        scores: Tensor = self.output(self.dropout(self.lstm(self.dropout(embedded))[0]))
+        return scores
+
+    def forward(self, tokens: Tensor, lengths: Tensor, tags: Tensor) -> Tensor:
+        """The mean negative log-likelihood; arguments as of `Tagger`."""
+        mask = mask_of(lengths, tokens.shape[1])
+        emissions = self.emissions(tokens)
+        loss: Tensor = -self.decoder(emissions, tags.clamp(min=0), mask=mask, reduction="mean")
+        return loss
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(B,T) best tags; what stands at padding is not read."""
+        paths = self.decoder.decode(self.emissions(tokens), mask=mask_of(lengths, tokens.shape[1]))
+        rows = [torch.tensor(path) for path in paths]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+
+
+class Comparison:
+    """The variants of one task, and what is measured of them.
+
+    Args:
+        config: of the recipe.
+        task: its data, and the first weights of every variant.
+        sentences: that the plain and the fastseq version are trained on.
+    """
+
+    def __init__(self, config: Config, task: Task, sentences: int) -> None:
+        self.config, self.task = config, task
+        self.first = cast(Tagger, task.model)
+        self.sentences = min(sentences, config.train.epochs * len(task.train))
+        self.steps = -(-self.sentences // config.train.batch_size)
+        self.bf16 = wants_bf16(config.train)
+
+    def plain(self, name: str, decoder: str = "torchcrf", **changes: Any) -> Variant:
+        """The usual code, with one of the decoders."""
+        import torchcrf
+
+        ours = self.first.decoder
+        if decoder == "torchcrf":
+            layer: nn.Module = torchcrf.CRF(self.first.output.out_features, batch_first=True)
+            layer.load_state_dict(ours.state_dict())
+        else:
+            layer = copy.deepcopy(ours) if decoder == "fastseq" else SoftmaxDecoder()
+        return self._variant(name, PlainTagger(self.first, layer), buckets=False, fused=False, **changes)
+
+    def fast(
+        self, name: str, decoder: nn.Module | None = None, bf16: bool = False, fused: bool = False
+    ) -> Variant:
+        """Fastseq's model on length buckets."""
+        model = copy.deepcopy(self.first)
+        model.decoder = decoder or model.decoder
+        return self._variant(name, model, buckets=True, fused=fused, bf16=bf16)
+
+    def _variant(
+        self, name: str, model: nn.Module, *, buckets: bool, fused: bool, bf16: bool = False
+    ) -> Variant:
+        train: TrainConfig = self.config.train.model_copy(update={"buckets": buckets, "fused": fused})
+        torch.manual_seed(self.config.seed)
+        return Variant(name, model, train, self.steps, bf16)
+
+    def levers(self) -> list[dict[str, Any]]:
+        """Switches the levers on one at a time and times them in turns; the plain version runs twice."""
+        variants = [
+            self.plain("plain: pytorch-crf, padded, fp32, Adam"),
+            self.plain("the same again (control)"),
+            self.plain("+ fused CRF (the import line)", "fastseq"),
+            self.fast("+ length buckets"),
+            self.fast("+ bf16 LSTM", bf16=True),
+            self.fast("+ fused optimizer", bf16=True, fused=True),
+        ]
+        chunk = min(CHUNK, len(self.task.train))
+        order = self._order(chunk // 5 + ROUNDS * chunk)
+        take_turns(variants, self.task, order, chunk, warm=chunk // 5)
+        sample = order[: 8 * self.config.train.batch_size]
+        rows = []
+        for i, variant in enumerate(variants):
+            batches = list(variant.batches(self.task, sample, 0))
+            before = variants[0 if i < 3 else i - 1]
+            rows.append(
+                {
+                    "name": variant.name,
+                    "examples_per_s": variant.rate,
+                    "step_ms": variant.step_ms,
+                    "speedup": variant.rate / variants[0].rate,
+                    "gain": variant.rate / before.rate,
+                    "ops": count_ops(variant, batches[0]),
+                    "peak_bytes": peak_memory(variant, batches),
+                }
+            )
+        return rows
+
+    def crf_share(self, bf16: bool, fused: bool) -> dict[str, float]:
+        """The CRF's share of a step, plain and fast: each step with it and with a softmax in its place."""
+        order = self._order(PAIRS * self.config.train.batch_size)
+        pairs = {
+            "plain": (self.plain("with"), self.plain("without", "softmax"), PAIRS // 4),
+            "fastseq": (
+                self.fast("with", bf16=bf16, fused=fused),
+                self.fast("without", SoftmaxDecoder(), bf16=bf16, fused=fused),
+                PAIRS,
+            ),
+        }
+        return {
+            name: paired_share(one, other, list(one.batches(self.task, order, 0))[:count])
+            for name, (one, other, count) in pairs.items()
+        }
+
+    def quality(self, bf16: bool, fused: bool) -> list[dict[str, Any]]:
+        """Trains both versions on the whole budget, in turns, and scores them."""
+        variants = [self.plain("plain"), self.fast("fastseq", bf16=bf16, fused=fused)]
+        take_turns(variants, self.task, self._order(self.sentences), CHUNK * 2)
+        rows = []
+        for variant in variants:
+            variant.model.eval()
+            row: dict[str, Any] = {"name": variant.name, "examples": variant.examples}
+            row |= {
+                "seconds": sum(variant.seconds),
+                "examples_per_s": variant.rate,
+                "step_ms": variant.step_ms,
+            }
+            with (
+                torch.inference_mode(),
+                torch.autocast(variant.device.type, torch.bfloat16, enabled=variant.bf16),
+            ):
+                for part in ("dev", "test"):
+                    batches = evaluation_batches(self.task, getattr(self.task, part), variant.device)
+                    start = time.perf_counter()
+                    row[part] = self.task.evaluate(variant.model, batches)
+                    row[f"{part}_seconds"] = time.perf_counter() - start
+            rows.append(row)
+        return rows
+
+    def _order(self, count: int) -> list[int]:
+        """The training examples of a run, epoch after epoch."""
+        generator = np.random.default_rng(self.config.seed)
+        epochs = -(-count // len(self.task.train))
+        order = np.concatenate([generator.permutation(len(self.task.train)) for _ in range(epochs)])
+        return cast(list[int], order[:count].tolist())
+
+
+def compare(config: Config, sentences: int) -> dict[str, Any]:
+    """Measures the levers, the CRF's share and the quality of both versions; prints and returns the figures.
+
+    Args:
+        config: of the recipe; its model and training settings hold for both versions.
+        sentences: the training budget of each version.
+    """
+    start = time.perf_counter()
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    torch.manual_seed(config.seed)
+    console = Console()
+    console.print("reading the data ...")
+    run = Comparison(config, build(config), sentences)
+    console.print("timing each lever, in turns on the same sentences ...")
+    levers = run.levers()
+    # The fastseq version keeps the levers that paid on this machine.
+    bf16, fused = levers[4]["gain"] > 1 and run.bf16, levers[5]["gain"] > 1
+    console.print("timing a step with the CRF and without ...")
+    share = run.crf_share(bf16, fused)
+    console.print(f"training both versions on {run.sentences} sentences ...")
+    quality = run.quality(bf16, fused)
+    figures = {
+        "title": f"fastseq compare tagger: {config.data.name}, {torch.get_num_threads()} CPU threads",
+        "levers": levers,
+        "control_disagreement": abs(levers[1]["examples_per_s"] / levers[0]["examples_per_s"] - 1),
+        "crf_share_of_step": share,
+        "quality": quality,
+        "kept": {"bf16": bf16, "fused_optimizer": fused},
+        "seconds": time.perf_counter() - start,
+        "machine": {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__},
+        "config": config.model_dump(mode="json"),
+    }
+    show(figures, console)
+    return figures
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    """Prints the figures as tables."""
+    console.print(_levers_table(figures["title"], figures["levers"]))
+    share, kept = figures["crf_share_of_step"], figures["kept"]
+    console.print(
+        f"The two plain runs disagree by {100 * figures['control_disagreement']:.1f} %: "
+        "trust no figure further than that.\n"
+        f"The CRF's share of a step, with it against a softmax in its place, by pairs of steps: "
+        f"plain {100 * share['plain']:.1f} %, fastseq {100 * share['fastseq']:.1f} %."
+    )
+    dropped = [name.replace("_", " ") for name, on in kept.items() if not on]
+    if dropped:
+        console.print(
+            f"Left out of the fastseq version below, since it gave nothing here: {', '.join(dropped)}."
+        )
+    console.print(_quality_table(figures["quality"]))
+    plain, fast = figures["quality"]
+    console.print(
+        f"{fast['examples_per_s'] / plain['examples_per_s']:.1f}x the sentences a second. "
+        f"All of this took {figures['seconds']:.0f} s."
+    )
+
+
+def _levers_table(title: str, levers: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=title)
+    table.add_column("one lever at a time")
+    for name in ("sentences/s", "step ms", "this lever", "in all", "ops a step", "peak MB"):
+        table.add_column(name, justify="right")
+    for i, lever in enumerate(levers):
+        table.add_row(
+            lever["name"],
+            f"{lever['examples_per_s']:.0f}",
+            f"{lever['step_ms']:.1f}",
+            f"{lever['gain']:.2f}x" if i else "",
+            f"{lever['speedup']:.2f}x",
+            f"{lever['ops']}",
+            f"{lever['peak_bytes'] / 1e6:.0f}",
+        )
+    return table
+
+
+def _quality_table(rows: Sequence[dict[str, Any]]) -> Table:
+    score = next(iter(rows[0]["dev"]))
+    table = Table(title=f"the same {rows[0]['examples']} training sentences, the same first weights")
+    names = ("", "train s", "sentences/s", "step ms", f"dev {score}", f"test {score}", "scoring dev + test s")
+    for i, name in enumerate(names):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['seconds']:.1f}",
+            f"{row['examples_per_s']:.0f}",
+            f"{row['step_ms']:.1f}",
+            f"{row['dev'][score]:.2f}",
+            f"{row['test'][score]:.2f}",
+            f"{row['dev_seconds'] + row['test_seconds']:.1f}",
+        )
+    return table

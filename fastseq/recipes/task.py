@@ -1,0 +1,41 @@
+"""What the shared loop knows of a system: one object, made by the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+"""Tensors by the names of the model's forward arguments."""
+
+
+@dataclass
+class Task:
+    """A model, its data and how it is judged.
+
+    Attributes:
+        name: of the recipe.
+        model: ``model(**batch)`` is the loss to minimise, a scalar.
+        train: examples, in any form that `collate` takes; read by index.
+        dev: examples that choose the best weights.
+        test: examples that are read once, at the end.
+        collate: makes a batch of a list of examples.
+        length: the length of an example, which the length buckets sort by.
+        evaluate: named metrics of a model on batches; the model is in evaluation mode and under autocast.
+        score: the metric of `evaluate` that training maximises.
+        artefacts: plain values that prediction needs besides the weights, such as the vocabulary.
+    """
+
+    name: str
+    model: nn.Module
+    train: Sequence[Any]
+    dev: Sequence[Any]
+    test: Sequence[Any]
+    collate: Callable[[list[Any]], Batch]
+    length: Callable[[Any], int]
+    evaluate: Callable[[nn.Module, Iterable[Batch]], dict[str, float]]
+    score: str
+    artefacts: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,145 @@
+"""The CRF benchmark: its float64 truth by enumeration, its checks, and the command from end to end."""
+
+import builtins
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastseq_benchmarks import cli, crf, crf_truth
+from fastseq_benchmarks.results import load
+
+TINY = ["crf", "--quick", "--budget", "0", "--shape", "2,6,3"]
+
+
+def inputs(shape: tuple[int, int, int] = (3, 4, 3), seed: int = 0) -> crf_truth.Inputs:
+    return crf.make_inputs(shape, torch.float32, "cpu", seed)
+
+
+def all_scores(problem: crf_truth.Inputs, row: int) -> dict[tuple[int, ...], float]:
+    length = int(problem.mask[row].sum())
+    paths = itertools.product(range(problem.shape[2]), repeat=length)
+    return {path: crf_truth.path_score(problem, row, list(path)) for path in paths}
+
+
+def test_truth_is_the_sum_and_the_maximum_over_all_paths() -> None:
+    problem = inputs()
+    loss, best = 0.0, crf_truth.best_paths(problem)
+    for b in range(problem.shape[0]):
+        scores = all_scores(problem, b)
+        gold = tuple(problem.tags[b, : int(problem.mask[b].sum())].tolist())
+        loss += math.log(sum(map(math.exp, scores.values()))) - scores[gold]
+        assert tuple(best.paths[b]) == max(scores, key=scores.__getitem__)
+        assert float(best.scores[b]) == pytest.approx(max(scores.values()))
+    assert float(crf_truth.loss_and_gradients(problem)["loss"]) == pytest.approx(loss, rel=1e-12)
+
+
+def test_truth_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = crf_truth.loss_and_gradients(inputs((5, 7, 4)))
+    monkeypatch.setattr(crf_truth, "CHUNK_BYTES", 2 * 8 * 7 * 16)
+    chunked = crf_truth.loss_and_gradients(inputs((5, 7, 4)))
+    assert set(whole) == {"loss", "emissions", "transitions", "start", "end"}
+    assert crf.gradient_error(chunked, whole) < 1e-12
+
+
+def test_the_check_of_gradients_sees_one_wrong_entry_and_nan() -> None:
+    truth = crf_truth.loss_and_gradients(inputs())
+    for value in (0.01, math.nan):
+        result = {name: t.clone() for name, t in truth.items()}
+        result["start"][1] += value
+        error = crf.gradient_error(result, truth)
+        assert math.isnan(error) if math.isnan(value) else 0.003 < error < 0.02
+
+
+def test_the_check_of_paths_takes_ties_and_nothing_else() -> None:
+    truth = crf_truth.best_paths(inputs())
+    assert crf.wrong_paths(truth.paths, truth) == 0
+    for changed in (truth.paths[0][:-1], [9] * len(truth.paths[0]), [-100] * len(truth.paths[0])):
+        assert crf.wrong_paths([changed, *truth.paths[1:]], truth) == pytest.approx(1 / 3)
+    assert crf.wrong_paths(truth.paths[:-1], truth) == 1
+    flat = crf_truth.Inputs(*(t.zero_() if t.is_floating_point() else t for t in vars(inputs()).values()))
+    tied = crf_truth.best_paths(flat)
+    assert crf.wrong_paths([[2] * len(p) for p in tied.paths], tied) == 0
+
+
+def test_quick_run_of_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads, out = torch.get_num_threads(), tmp_path / "new.json"
+    status = cli.main([*TINY, "--json", str(out)])
+    torch.set_num_threads(threads)
+    text = capsys.readouterr().out
+    assert status == 0, text
+    found = load(out)
+    assert [case.suite for case in found.cases] == ["loss", "viterbi", "decode"]
+    for case in found.cases:
+        eager = next(r for r in case.rivals if r.name == "fastseq eager")
+        assert eager.matches
+        assert eager.seconds is not None
+        assert eager.ops
+    assert {"cpu", "cores", "threads", "torch", "fastseq", "compiler", "os"} <= set(found.machine)
+    assert str(Path.home()) not in out.read_text()
+    assert cli.main([*TINY, "--suite", "loss", "--compare", str(out)]) in (0, 1)
+    assert "new against old" in capsys.readouterr().out
+    torch.set_num_threads(threads)
+
+
+def test_a_missing_peer_is_named_with_the_extra_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(name: str, *args: Any) -> Any:
+        if name == "torchcrf":
+            raise ImportError(name)
+        return builtins.__import__(name, fromlist=["_"])
+
+    monkeypatch.setattr(crf.importlib, "import_module", absent)
+    threads = torch.get_num_threads()
+    status = cli.main([*TINY, "--suite", "viterbi"])
+    torch.set_num_threads(threads)
+    text = capsys.readouterr().out
+    assert status == 0, text
+    assert "not installed: pip install 'fastseq-kernels[bench]'" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pointr"], "'pointr' is not a family; there is: crf"),
+        (["pointer"], "'pointer' is not there yet; there is: crf"),
+        (["crf", "--suite", "lost"], "--suite: got 'lost', wanted one of loss, viterbi, decode, accuracy"),
+        (["crf", "--shape", "32,64"], "--shape: got '32,64', wanted B,T,K"),
+        (["crf", "--shape", "32,0,9"], "wanted B,T,K, each at least 1"),
+        (["crf", "--dtype", "int8"], "--dtype: got 'int8', wanted one of float32"),
+        (["crf", "--device", "tpu"], "--device: got 'tpu', wanted cpu or cuda"),
+        (["crf", "--threads", "0"], "--threads: got 0, wanted at least 1"),
+        (["crf", "--threads", "two"], "invalid int value: 'two'"),
+        (["crf", "--plot", "x.gif"], "--plot: got 'x.gif', wanted a name that ends in .svg or .png"),
+        (["crf", "--compare", "absent.json"], "absent.json: cannot be read"),
+        (["crf", "--nothing"], "unrecognized arguments: --nothing"),
+    ],
+)
+def test_wrong_arguments_get_a_clear_error(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().out
+
+
+def test_accuracy_table_against_float64() -> None:
+    table = crf.accuracy(torch.float32, "cpu", T=40, tag_counts=(3,))
+    errors = {row[1]: float(row[2]) for row in table.rows}
+    assert 0 < errors["fastseq eager"] < 1e-5
+
+
+def test_json_is_plain(tmp_path: Path) -> None:
+    """No NaN or infinity, which other readers of JSON refuse."""
+    threads, out = torch.get_num_threads(), tmp_path / "new.json"
+    cli.main([*TINY, "--suite", "loss", "--dtype", "bfloat16", "--json", str(out)])
+    torch.set_num_threads(threads)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    json.loads(out.read_text(), parse_constant=refuse)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+NAMES = {"PER": ["Ada", "Alan", "Grace"], "LOC": ["Paris", "Rome", "Oslo", "New York"]}
+FILLERS = "the a sees in near old small was with and went to".split()
+
+
+def sentence(rng: random.Random) -> list[tuple[str, str]]:
+    """Words with BIO tags; the names make it learnable in seconds."""
+    rows = []
+    for _ in range(rng.randint(1, 6)):
+        rows += [(rng.choice(FILLERS), "O") for _ in range(rng.randint(0, 3))]
+        kind = rng.choice(list(NAMES))
+        words = rng.choice(NAMES[kind]).split()
+        rows += [(word, f"{'I' if i else 'B'}-{kind}") for i, word in enumerate(words)]
+    return rows
+
+
+@pytest.fixture(scope="session")
+def conll(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three CoNLL files."""
+    folder, rng = tmp_path_factory.mktemp("conll"), random.Random(0)
+    files = {}
+    for part, count in (("train", 90), ("dev", 20), ("test", 20)):
+        blocks = ["\n".join(f"{word} x {tag}" for word, tag in sentence(rng)) for _ in range(count)]
+        files[part] = folder / f"{part}.txt"
+        files[part].write_text("-DOCSTART- x O\n\n" + "\n\n".join(blocks) + "\n", "utf-8")
+    return files
+
+
+@pytest.fixture()
+def tiny(conll: dict[str, Path], tmp_path: Path) -> list[str]:
+    """The settings of a run of a second or two, in which every kind of state matters to the result."""
+    return [
+        f"run_dir={tmp_path / 'run'}",
+        "data.name=conll",
+        *[f"data.{part}={path}" for part, path in conll.items()],
+        "model.features={token: {size: 12, min_count: 2}, bigram: null, last: {size: 4}}",
+        "model.hidden_size=8",
+        "train.epochs=3",
+        "train.batch_size=4",
+        "train.accumulate=2",
+        "train.lr=0.02",
+        "train.warmup_steps=5",
+        "train.eval_every=7",
+        "train.save_every=3",
+        "train.patience=4",
+        "train.precision=fp32",
+        "train.threads=1",
+        "train.tensorboard=false",
+        "train.progress=false",
+    ]
