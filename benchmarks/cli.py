@@ -10,6 +10,7 @@ The exit status is 1 if a result is wrong or, with --compare, has become slower.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -87,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
     cases, tables = _select(family, options)
     effort = QUICK if options.quick else Effort()
     if options.budget is not None:
-        effort = Effort(budget_s=options.budget, min_rounds=effort.min_rounds)
+        effort = dataclasses.replace(effort, budget_s=options.budget)
     old = results.load(options.compare) if options.compare else None
     if options.plot and options.plot.suffix not in plot.FORMATS:  # not after minutes of measuring
         raise UsageError(

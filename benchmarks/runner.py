@@ -140,6 +140,7 @@ def run_case(case: Case, effort: Effort, seed: int = 0) -> CaseResult:
 def round_robin(tracks: Tracks, effort: Effort) -> dict[str, list[float]]:
     """Sample the tracks in turn, round after round; every track has one sample a round."""
     samples: dict[str, list[float]] = {name: [] for name in tracks}
+    gc.collect()
     start = time.perf_counter()
     for done in range(effort.max_rounds):
         if done >= effort.min_rounds and time.perf_counter() - start > effort.budget_s:
@@ -189,7 +190,6 @@ def _sampler(rival: Rival, sample_s: float, sync: Call) -> Callable[[], float]:
     calls = max(1, math.ceil(sample_s / max(once, 1e-9)))
 
     def sample() -> float:
-        gc.collect()
         gc.disable()  # as timeit does: a collection is not this sample's own cost
         try:
             return run(calls)

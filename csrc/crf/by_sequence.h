@@ -2,8 +2,10 @@
 //
 //     alpha, x: [t][k][lane]     E: scalars, broadcast      counts: one vector per (i, j), summed over lanes at the end
 //
-// Cost per step and W sequences: 3 K^2 vector FMAs (forward, backward, counts), K exps, and three K x W transposes
-// between the layout of the tensors and that of the lanes. A lane idles once its sequence has ended.
+// Cost per step and W sequences: 3 K^2 vector FMAs (forward, backward, counts), K exps, and two K x W transposes between
+// the layout of the tensors and that of the lanes. A lane idles once its sequence has ended. Exps and transposes are done
+// for all steps first: the recursions then wait for nothing but their own FMAs, as each applies the scale of the step
+// before while the next is being found.
 #pragma once
 #include "scaled.h"
 #include "semiring.h"
@@ -19,7 +21,7 @@ class BySequence {
 
   // Floats of scratch for one group of rows, the longest of L positions.
   static int64_t scratch_floats(int64_t L, int64_t K, bool gradient) {
-    return (gradient ? L : 2) * (2 * K * W + W) + 2 * K * W + 2 * W * round_up(K, 16) + 64;
+    return L * K * W + (gradient ? L : 2) * (K * W + W) + 2 * K * W + 2 * W * round_up(K, 16) + 64;
   }
 
   // rows[0..count): at most W rows with at least one position on, longest first. With a gradient, adds the group's share of
@@ -33,9 +35,9 @@ class BySequence {
       gap_[l] = INFINITY;
     }
     const int64_t steps = gradient_ ? length_[0] : 2;
-    alpha_ = scratch;
-    x_ = alpha_ + steps * K_ * W;
-    inverse_ = x_ + steps * K_ * W;
+    x_ = scratch;
+    alpha_ = x_ + length_[0] * K_ * W;
+    inverse_ = alpha_ + steps * K_ * W;
     message_ = inverse_ + steps * W;
     posterior_ = message_ + K_ * W;
     staging_ = posterior_ + K_ * W;
@@ -44,6 +46,7 @@ class BySequence {
   }
 
   void run() {
+    exponentiate();
     forward();
     if (!gradient_) return;
     for (int l = 0; l < count_; ++l)
@@ -54,30 +57,46 @@ class BySequence {
 
  private:
   int64_t slot(int t) const { return gradient_ ? t : t & 1; }
-  float* alpha(int t) const { return alpha_ + slot(t) * K_ * W; }
-  float* x(int t) const { return x_ + slot(t) * K_ * W; }
+  float* alpha(int t) const { return alpha_ + slot(t) * K_ * W; }  // not normalised: times inverse(t) it sums to 1
   float* inverse(int t) const { return inverse_ + slot(t) * W; }
+  float* x(int t) const { return x_ + t * K_ * W; }
   int64_t position(int l, int t) const { return job_.model.rows.of(row_[l])[t]; }
+
+  // x_t = exp(emissions - their maximum) for all t, one lane a sequence; lanes that have ended read zeros.
+  void exponentiate() {
+    int active = count_;
+    for (int t = 0; t < length_[0]; ++t) {
+      while (length_[active - 1] <= t) --active;
+      const float* from[W];
+      for (int l = 0; l < W; ++l)
+        from[l] = l < active ? emission_row(job_.model.x, row_[l], position(l, t), staging_ + l * round_up(K_, 16)) : spare_;
+      float* x_t = x(t);
+      transpose<V>(from, x_t, W, K_);
+      V top = V::set(-FLT_MAX);
+      for (int k = 0; k < K_; ++k) top = max(V::load(x_t + k * W), top);
+      for (int k = 0; k < K_; ++k) V::exp_or_zero(V::load(x_t + k * W) - top).store(x_t + k * W);
+      float tops[W];
+      top.store(tops);
+      for (int l = 0; l < W; ++l) maxima_[l] += tops[l];
+    }
+  }
 
   void forward() {
     const V tiny = V::set(kTiny);
-    double maxima[W] = {};
     LogProduct scales[W];
+    V before = V::set(1);  // the scale of the step before
     int active = count_;
     for (int t = 0; t < length_[0]; ++t) {
       while (length_[active - 1] <= t) --active;
       float live[W];
       for (int l = 0; l < W; ++l) live[l] = l < active ? 1.f : 0.f;
       const V on = V::load(live), idle = V::set(1) - on;
-      const V top = load_emissions(t, active);
       V total = idle;
       uint32_t small = 0;
       float* a = alpha(t);
-      float* x_t = x(t);
+      const float* x_t = x(t);
       const auto finish_tag = [&](int k, V sum) {
-        const V x_k = V::exp_or_zero(V::load(x_t + k * W) - top);
-        const V p = x_k * sum;
-        x_k.store(x_t + k * W);
+        const V p = V::load(x_t + k * W) * (sum * before);
         small |= V::not_ge(p + idle, tiny);
         total = total + p;
         p.store(a + k * W);
@@ -91,30 +110,13 @@ class BySequence {
       uint32_t lost = V::not_ge(total, tiny);
       for (int l = 0; lost; ++l, lost >>= 1)
         if (lost & 1) job_.marks[row_[l]] = 1;
-      const V inverse_total = on / total;
-      inverse_total.store(inverse(t));
-      for (int k = 0; k < K_; ++k) (V::load(a + k * W) * inverse_total).store(a + k * W);
-      float totals[W], tops[W];
+      before = on / total;  // 0 for a lane that has ended: its alpha is 0 from the next step on
+      before.store(inverse(t));
+      float totals[W];
       total.store(totals);
-      top.store(tops);
-      for (int l = 0; l < active; ++l) {
-        maxima[l] += tops[l];
-        scales[l].multiply(totals[l]);
-      }
-      for (int l = active - 1; l >= 0 && length_[l] == t + 1; --l) finish(l, t, maxima[l], scales[l].log());
+      for (int l = 0; l < active; ++l) scales[l].multiply(totals[l]);
+      for (int l = active - 1; l >= 0 && length_[l] == t + 1; --l) finish(l, t, scales[l].log());
     }
-  }
-
-  // Fills x(t) with the emissions of position t, one lane a sequence (zeros where idle); returns the maxima over tags.
-  FASTSEQ_INLINE V load_emissions(int t, int active) {
-    const float* from[W];
-    for (int l = 0; l < W; ++l)
-      from[l] = l < active ? emission_row(job_.model.x, row_[l], position(l, t), staging_ + l * round_up(K_, 16)) : spare_;
-    float* x_t = x(t);
-    transpose<V>(from, x_t, W, K_);
-    V top = V::set(-FLT_MAX);
-    for (int k = 0; k < K_; ++k) top = max(V::load(x_t + k * W), top);
-    return top;
   }
 
   // Some alpha of these lanes is tiny. That is nothing if the tag is forbidden or cannot be reached; it is a pruned edge,
@@ -144,43 +146,46 @@ class BySequence {
     return false;
   }
 
-  void finish(int l, int t, double maxima, double log_scales) {
-    float z = 0;
-    for (int k = 0; k < K_; ++k) z += alpha(t)[k * W + l] * job_.tables.end[k];
-    finish_row(job_, row_[l], maxima, log_scales, z, gap_[l]);
+  void finish(int l, int t, double log_scales) {
+    z_[l] = 0;
+    for (int k = 0; k < K_; ++k) z_[l] += alpha(t)[k * W + l] * job_.tables.end[k];
+    finish_row(job_, row_[l], maxima_[l], log_scales, z_[l] * inverse(t)[l], gap_[l]);
   }
 
-  // A marked row takes no part in the backward pass: with alpha = 0 all that follows from it is 0.
+  // A marked row takes no part in the backward pass: with alpha = 0 all that follows is 0.
   void forget(int l) {
     for (int t = 0; t < length_[0]; ++t)
-      for (int k = 0; k < K_; ++k) alpha(t)[k * W + l] = x(t)[k * W + l] = 0;
+      for (int k = 0; k < K_; ++k) alpha(t)[k * W + l] = 0;
   }
 
+  // alpha_t . beta_t = 1 holds up to rounding once it holds at the end of a row, so that the recursion need not wait for
+  // the sum; posteriors and counts are divided by it, and their error does not grow with t.
   void backward() {
-    float padded[W] = {};
-    std::copy(weight_, weight_ + count_, padded);
-    const V weights = V::load(padded);
+    const V weights = V::load(weight_);
     int active = 0;
     for (int t = length_[0] - 1; t >= 0; --t) {
       float beta[kMaxTagsBySequence * W];
-      if (t + 1 < length_[0])
+      if (active)
         lanes_by_table<SumProduct, V>(message_, job_.tables.edges_t, K_, [&](int k, V sum) { sum.store(beta + k * W); });
       else
         std::fill(beta, beta + K_ * W, 0.f);
       const int were_active = active;
-      while (active < count_ && length_[active] > t) {
-        for (int k = 0; k < K_; ++k) beta[k * W + active] = job_.tables.end[k];
-        ++active;
-      }
+      for (; active < count_ && length_[active] > t; ++active)
+        for (int k = 0; k < K_; ++k) beta[k * W + active] = job_.tables.end[k] / z_[active];
+      const float *a = alpha(t), *x_t = x(t);
+      const V before = t ? V::load(inverse(t - 1)) : V::set(0);
       V total = V::set(0);
-      for (int k = 0; k < K_; ++k) total = V::fma(V::load(alpha(t) + k * W), V::load(beta + k * W), total);
-      const V normal = V::where_positive(total, V::set(1) / total), inverse_t = V::load(inverse(t));
       for (int k = 0; k < K_; ++k) {
-        const V a = V::load(alpha(t) + k * W), b = V::load(beta + k * W) * normal;
-        const V message = V::where_positive(a, V::load(x(t) + k * W) * b * inverse_t);
-        message.store(message_ + k * W);
-        (message * weights).store(x(t) + k * W);
-        V::where_positive(a, a * b * weights).store(posterior_ + k * W);
+        const V a_k = V::load(a + k * W), b = V::load(beta + k * W);
+        V::where_positive(a_k, V::load(x_t + k * W) * b * before).store(message_ + k * W);
+        const V p = V::where_positive(a_k, a_k * b);
+        p.store(posterior_ + k * W);
+        total = total + p;
+      }
+      const V normal = V::where_positive(total, weights / total);
+      for (int k = 0; k < K_; ++k) {
+        (V::load(message_ + k * W) * normal).store(x(t) + k * W);
+        (V::load(posterior_ + k * W) * normal).store(posterior_ + k * W);
       }
       for (int l = were_active; l < active; ++l)
         for (int k = 0; k < K_; ++k) sums_[K_ * K_ + K_ + k] += posterior_[k * W + l];
@@ -234,7 +239,8 @@ class BySequence {
   float* sums_;
   int64_t row_[W];
   int length_[W];
-  float weight_[W], gap_[W];
+  float weight_[W] = {}, gap_[W], z_[W];
+  double maxima_[W] = {};
   float *alpha_, *x_, *inverse_, *message_, *posterior_, *staging_, *spare_;
 };
 

@@ -60,8 +60,11 @@ Layout layout_for(int64_t B, int64_t K) {
 Blocks blocks_for(const Rows& rows, int64_t B, Layout layout) {
   if (layout == Layout::by_sequence_wide) return Blocks(rows, B, Wide::W, false);
   if (layout == Layout::by_sequence_half) return Blocks(rows, B, Half::W, false);
-  const int64_t height = std::clamp<int64_t>((B + processors() - 1) / processors(), 2, kMaxRows);
-  return Blocks(rows, B, height, (B + height - 1) / height <= 2 * processors());
+  // As many blocks as processors can share evenly, where there are few; 6 rows keep what a block touches in the cache.
+  int64_t blocks = (B + 5) / 6;
+  const bool few = blocks < 4 * processors();
+  if (few) blocks = round_up(blocks, processors());
+  return Blocks(rows, B, std::max<int64_t>(1, (B + blocks - 1) / std::max<int64_t>(blocks, 1)), few);
 }
 
 Scratch& thread_scratch() {

@@ -2,11 +2,12 @@
 // end fl(s + end_j), in R.
 //
 // A task owns a row. For each tag it keeps the n best partial paths, best first. For a next tag j the K
-// lists, each plus its A_ij, are still in order, as rounding is monotone: a heap of their heads merges them.
-// Ties go to the smaller tag, then to the smaller rank, before e_j is added; for n = 1 that is Viterbi's
-// first maximum. A path with score -inf does not exist. Cost of a step: K heaps, each K additions and O(K + n
-// log K) comparisons. Memory of a row: 2*K*n scores and L*K*n links of 2 bytes (4 if K*n > 65536), of which
-// only what is used is touched: after t steps a tag has at most K^(t-1) paths.
+// lists, each plus its A_ij and e_j, are still in order, as rounding is monotone: a heap of their heads
+// merges them. They are compared as rounded, with e_j added: ties go to the smaller tag, then to the smaller
+// rank, which for n = 1 is Viterbi's (and pytorch-crf's) first maximum. A path with score -inf does not
+// exist. Cost of a step: K heaps, each 2*K additions and O(K + n log K) comparisons. Memory of a row: 2*K*n
+// scores and L*K*n links of 2 bytes (4 if K*n > 65536), of which only what is used is touched: after t steps
+// a tag has at most K^(t-1) paths.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -15,21 +16,15 @@
 #include <vector>
 
 #include "../common/half.h"
-#include "crf.h"
+#include "usable.h"
 
-namespace fastseq::crf {
+namespace fastseq::FASTSEQ_ISA {
 namespace {
 
 template <class R>
 constexpr R kNone = -std::numeric_limits<R>::infinity();
 
-// Not NaN, not +inf.
-template <class R>
-bool usable(const R* values, int64_t n) {
-  return std::all_of(values, values + n, [](R v) { return v < std::numeric_limits<R>::infinity(); });
-}
-
-// The head of tag i's list: its score with the step to the next tag added, and its rank in the list.
+// The head of tag i's list: its score with the step to the next tag taken, and its rank in the list.
 template <class R>
 struct Head {
   R score;
@@ -60,16 +55,16 @@ struct Frontier {
   explicit Frontier(int64_t size) : scores(new R[size]) {}
 };
 
-// The existing heads of the lists, list i raised by edge[i], as a heap; returns their number. For small n
-// only the n best heads, kept sorted on the way: most are turned down by one comparison, which a heap of all
-// could not do.
+// The existing heads of the lists, list i raised by edge[i] and then by x, as a heap; returns their number.
+// For small n only the n best heads, kept sorted on the way: most are turned down by one comparison, which a
+// heap of all could not do.
 template <class R>
-int64_t collect_heads(const R* scores, const R* edge, int64_t K, int64_t n, Head<R>* heap) {
+int64_t collect_heads(const R* scores, const R* edge, R x, int64_t K, int64_t n, Head<R>* heap) {
   const bool sorted = n <= 16;
   const int64_t limit = sorted ? std::min(n, K) : K;
   int64_t size = 0;
   for (int64_t i = 0; i < K; ++i) {
-    const R score = scores[i] + edge[i];
+    const R score = (scores[i] + edge[i]) + x;
     if (!(score > (size == limit ? heap[size - 1].score : kNone<R>))) continue;
     int64_t at = size < limit ? size++ : size - 1;
     for (; sorted && at > 0 && score > heap[at - 1].score; --at) heap[at] = heap[at - 1];
@@ -79,17 +74,18 @@ int64_t collect_heads(const R* scores, const R* edge, int64_t K, int64_t n, Head
   return size;
 }
 
-// The `n` best of all lists, list i raised by edge[i], best first: emit(rank, score, link), link = rank*K +
-// tag of the path that goes on; for a rank that does not exist, kNone and link 0.
+// The `n` best of all lists, list i raised by edge[i] and then by x, best first: emit(rank, score, link),
+// link = rank*K + tag of the path that goes on; for a rank that does not exist, kNone and link 0.
 template <class R, class Emit>
-void merge(const Frontier<R>& from, const R* edge, int64_t K, int64_t n, Head<R>* heap, const Emit& emit) {
+void merge(const Frontier<R>& from, const R* edge, R x, int64_t K, int64_t n, Head<R>* heap,
+           const Emit& emit) {
   const R* scores = from.scores.get();
-  int64_t size = collect_heads(scores, edge, K, n, heap);
+  int64_t size = collect_heads(scores, edge, x, K, n, heap);
   int64_t rank = 0;
   for (; rank < n && size > 0; ++rank) {
     Head<R>& top = heap[0];
     emit(rank, top.score, top.rank * K + top.tag);
-    const R next = ++top.rank < from.width ? scores[top.rank * K + top.tag] + edge[top.tag] : kNone<R>;
+    const R next = ++top.rank < from.width ? (scores[top.rank * K + top.tag] + edge[top.tag]) + x : kNone<R>;
     if (next > kNone<R>) {
       top.score = next;
     } else {
@@ -130,7 +126,7 @@ struct Search {
   bool advance() {
     for (int64_t l = 0; l < L; ++l) {
       load_row(model.x, b, position[l], x.data());
-      if (!usable(x.data(), K)) return false;
+      if (!all_usable(x.data(), K)) return false;
       if (l == 0) {
         for (int64_t j = 0; j < K; ++j) now.scores[j] = model.start[j] + x[j];
       } else {
@@ -143,17 +139,18 @@ struct Search {
   void step(Link* link) {
     next.width = std::min(n, now.width * K);
     for (int64_t j = 0; j < K; ++j) {
-      merge(now, transposed + j * K, K, next.width, heap.data(), [&](int64_t rank, R score, int64_t from) {
-        next.scores[rank * K + j] = score + x[j];
-        link[rank * K + j] = static_cast<Link>(from);
-      });
+      merge(now, transposed + j * K, x[j], K, next.width, heap.data(),
+            [&](int64_t rank, R score, int64_t from) {
+              next.scores[rank * K + j] = score;
+              link[rank * K + j] = static_cast<Link>(from);
+            });
     }
     std::swap(now, next);
   }
 
   // Writes the best scores, and the paths (n,T) that have them; `paths` must hold -100.
   void finish(int64_t* paths, R* scores) {
-    merge(now, model.end, K, n, heap.data(), [&](int64_t rank, R score, int64_t from) {
+    merge(now, model.end, R{0}, K, n, heap.data(), [&](int64_t rank, R score, int64_t from) {
       scores[rank] = score;
       if (score > kNone<R>) trace(from, paths + rank * model.x.T);
     });
@@ -166,15 +163,6 @@ struct Search {
     }
   }
 };
-
-// Which rows the parameters allow to have an answer: NaN or +inf in the transitions touch those of two or
-// more positions.
-template <class R>
-int64_t longest_usable(const Model<R>& model) {
-  const int64_t K = model.x.K;
-  if (!usable(model.start, K) || !usable(model.end, K)) return 0;
-  return usable(model.transitions, K * K) ? std::numeric_limits<int64_t>::max() : 1;
-}
 
 template <class R, class Link>
 void search_all(const Model<R>& model, int64_t n, int64_t* paths, R* scores,
@@ -208,4 +196,4 @@ void nbest(const Model<R>& model, int64_t n, int64_t* paths, R* scores, const Pa
 template void nbest(const Model<float>&, int64_t, int64_t*, float*, const ParallelFor&);
 template void nbest(const Model<double>&, int64_t, int64_t*, double*, const ParallelFor&);
 
-}  // namespace fastseq::crf
+}  // namespace fastseq::FASTSEQ_ISA

@@ -21,7 +21,8 @@ void nll(const Model<R>& model, Tags tags, const R* weights, double scale, R* ou
     for (int64_t b = 0; b < B; ++b) exact.push_back(b);
   }
   if (!exact.empty())
-    exact_nll<R>(model, tags, exact, weights, scale, out, gradient, gradient ? sums.data() : nullptr, parallel_for);
+    FASTSEQ_SELECT(exact_nll<R>)
+    (model, tags, exact, weights, scale, out, gradient, gradient ? sums.data() : nullptr, parallel_for);
   if (gradient == nullptr) return;
   for (int64_t i = 0; i < K * K; ++i) gradient->transitions[i] = R(sums[i]);
   for (int64_t k = 0; k < K; ++k) gradient->start[k] = R(sums[K * K + k]);

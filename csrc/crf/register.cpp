@@ -188,8 +188,8 @@ std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const std::optio
     Tensor paths = empty({in.x.B, in.x.T}, ScalarType::Long), scores = empty({in.x.B}, in.kType);
     if constexpr (std::is_same_v<R, float>)
       FASTSEQ_SELECT(viterbi)(in.model(), data<int64_t>(paths), data<R>(scores), torch_parallel_for);
-    else  // the best of one: the same steps, in double
-      nbest<R>(in.model(), 1, data<int64_t>(paths), data<R>(scores), torch_parallel_for);
+    else
+      FASTSEQ_SELECT(viterbi_exact<R>)(in.model(), data<int64_t>(paths), data<R>(scores), torch_parallel_for);
     return {paths, scores};
   });
 }
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor> crf_nbest(const Tensor& emissions, const std::optiona
     using R = decltype(zero);
     const Inputs<R> in(emissions, std::nullopt, mask, transitions, start, end);
     Tensor paths = empty({in.x.B, n, in.x.T}, ScalarType::Long), scores = empty({in.x.B, n}, in.kType);
-    nbest<R>(in.model(), n, data<int64_t>(paths), data<R>(scores), torch_parallel_for);
+    FASTSEQ_SELECT(nbest<R>)(in.model(), n, data<int64_t>(paths), data<R>(scores), torch_parallel_for);
     return {paths, scores};
   });
 }
@@ -212,7 +212,7 @@ Tensor crf_entropy(const Tensor& emissions, const std::optional<Tensor>& mask, c
     using R = decltype(zero);
     const Inputs<R> in(emissions, std::nullopt, mask, transitions, start, end);
     Tensor out = empty({in.x.B}, in.kType);
-    entropy<R>(in.model(), data<R>(out), torch_parallel_for);
+    FASTSEQ_SELECT(entropy<R>)(in.model(), data<R>(out), torch_parallel_for);
     return out;
   });
 }
@@ -227,7 +227,8 @@ Tensor crf_sample(const Tensor& uniforms, const Tensor& emissions, const std::op
           "uniforms: wanted (num_samples,B,T) of the type of the results");
     const Tensor u = torch::stable::contiguous(uniforms);
     Tensor out = empty({u.size(0), in.x.B, in.x.T}, ScalarType::Long);
-    sample<R>(in.model(), static_cast<const R*>(u.const_data_ptr()), u.size(0), data<int64_t>(out), torch_parallel_for);
+    FASTSEQ_SELECT(sample<R>)
+    (in.model(), static_cast<const R*>(u.const_data_ptr()), u.size(0), data<int64_t>(out), torch_parallel_for);
     return out;
   });
 }

@@ -167,11 +167,29 @@ inline void finish_row(const Job& job, int64_t b, double maxima, double log_scal
   job.nll[b] = float(job.tags.data ? log_z - gold_score(job, b) : log_z);
 }
 
-// Write weight * (posterior - onehot(tag)) for one position; `p` holds weight * posterior and is overwritten.
-inline void store_gradient(const Job& job, int64_t b, int64_t t, float* p, float weight) {
-  if (job.tags.data) p[job.tags.at(b, t)] -= weight;
+// Ask for the lines of the gradient of row b at position t, ahead of store_gradient: it goes through a batch backwards and
+// with long strides, which no hardware prefetcher follows.
+FASTSEQ_INLINE void prefetch_gradient(const Job& job, int64_t b, int64_t t) {
   const Gradients<float>& g = *job.gradient;
-  store_row(job.model.x.type, g.emissions, b * g.stride_b + t * g.stride_t, job.model.x.K, p);
+  const int64_t size = job.model.x.type == Type::f32 ? 4 : 2;
+  const char* at = static_cast<const char*>(g.emissions) + (b * g.stride_b + t * g.stride_t) * size;
+  for (int64_t i = 0; i < job.model.x.K * size; i += 64) __builtin_prefetch(at + i, 1);
+}
+
+// weight * posterior of one position, in `p`, becomes weight * (posterior - onehot(tag)) in the gradient. Nothing is read
+// back from the gradient: its lines come from far away, and a load behind a store that waits for one would wait as well.
+FASTSEQ_INLINE void store_gradient(const Job& job, int64_t b, int64_t t, float* p, float weight) {
+  const Gradients<float>& g = *job.gradient;
+  const int64_t at = b * g.stride_b + t * g.stride_t, K = job.model.x.K;
+  const int64_t y = job.tags.data ? job.tags.at(b, t) : -1;
+  if (job.model.x.type == Type::f32) {
+    float* __restrict out = static_cast<float*>(g.emissions) + at;
+    for (int64_t k = 0; k < K; ++k) out[k] = p[k];
+    if (y >= 0) out[y] = p[y] - weight;
+  } else {
+    if (y >= 0) p[y] -= weight;
+    store_row(job.model.x.type, g.emissions, at, K, p);
+  }
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

@@ -85,7 +85,7 @@ FASTSEQ_INLINE void rows_by_tile(const float* in, const float* table, int64_t ld
     for (int v = 0; v < NV; ++v) sums[r][v].store(out + r * ld + v * W);
 }
 
-constexpr int kMaxRows = 8;
+constexpr int kMaxRows = 6;
 
 // out (rows, ld) from in (rows, K of ld) and the table (K, ld); ld is a multiple of the vector.
 template <class S>

@@ -111,7 +111,7 @@ void viterbi_by_sequence(const ViterbiJob& job, const int64_t* rows, int count, 
     trace_back<W>(job, rows[l], staging, [&](int64_t t) { return score(t) + l; });
 }
 
-// Lanes are tags: up to 8 rows, longest first. Scratch: L * count * ld + K + 16.
+// Lanes are tags: up to 6 rows, longest first. Scratch: L * count * ld + K + 16.
 inline void viterbi_by_tag(const ViterbiJob& job, const int64_t* rows, int count, float* scratch) {
   const Model<float>& m = job.model;
   const int64_t K = m.x.K, ld = job.ld, L = m.rows.length(rows[0]);

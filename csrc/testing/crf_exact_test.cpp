@@ -43,8 +43,7 @@ ParallelFor threads(int count) {
   };
 }
 
-// ---- a random batch
-// --------------------------------------------------------------------------------------------------
+// ---- a random batch ---------------------------------------------------------------------------------------
 
 enum class Values { smooth, ties, forbidden, everything_forbidden };
 
@@ -103,8 +102,7 @@ struct Batch {
   }
 };
 
-// ---- the oracle: all paths of a row
-// ----------------------------------------------------------------------------------
+// ---- the oracle: all paths of a row -----------------------------------------------------------------------
 
 template <class R>
 struct Oracle {
@@ -156,8 +154,7 @@ struct Oracle {
   double probability(size_t path) const { return log_z == -kInf ? 0 : std::exp(scores[path] - log_z); }
 };
 
-// ---- exact_nll
-// -------------------------------------------------------------------------------------------------------
+// ---- exact_nll --------------------------------------------------------------------------------------------
 
 template <class R>
 struct NllResult {
@@ -237,8 +234,7 @@ void test_nll(const Batch<R>& batch, bool tagged, bool weighted, const char* whe
     check(run_nll(batch, tagged, weighted, threads(count)) == got, "nll: threads", where);
 }
 
-// ---- entropy and samples
-// ---------------------------------------------------------------------------------------------
+// ---- entropy and samples ----------------------------------------------------------------------------------
 
 template <class R>
 void test_entropy(const Batch<R>& batch, const char* where) {
@@ -297,8 +293,7 @@ void test_sample(const Batch<R>& batch, std::mt19937& random, const char* where)
   }
 }
 
-// ---- nbest
-// -----------------------------------------------------------------------------------------------------------
+// ---- nbest ------------------------------------------------------------------------------------------------
 
 // Whether path p comes before q: by score, then, from the last tag to the first, by tag and by score of the
 // prefix.
@@ -371,8 +366,7 @@ void test_nbest_long() {
   check(std::adjacent_find(seen.begin(), seen.end()) == seen.end(), "1000 best: all different", "long");
 }
 
-// ---- NaN, infinity, and sizes
-// ----------------------------------------------------------------------------------------
+// ---- NaN, infinity, and sizes -----------------------------------------------------------------------------
 
 template <class R>
 bool all_nan(const std::vector<R>& v) {
@@ -491,8 +485,7 @@ void test_long_rows() {
   check(close(pairs, want_pairs, 1e-9) && close(starts, want_starts, 1e-9), "pairs sum to L-1", "long rows");
 }
 
-// ---- half types
-// ------------------------------------------------------------------------------------------------------
+// ---- half types -------------------------------------------------------------------------------------------
 
 double half_value(uint32_t h) {
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
@@ -543,8 +536,7 @@ void test_halves() {
   }
 }
 
-// ---- all of it
-// -------------------------------------------------------------------------------------------------------
+// ---- all of it --------------------------------------------------------------------------------------------
 
 template <class R>
 void test_all(Type type, Values values, const char* where) {

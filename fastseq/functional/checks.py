@@ -124,7 +124,7 @@ def expect(
 def _complain(
     emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, mask: Tensor | None
 ) -> None:
-    """Raise the error that says what is wrong with a CRF's arguments, if anything but a dtype to convert is."""
+    """Raise the error that says what is wrong with a CRF's arguments, beyond dtypes to convert."""
     if isinstance(emissions, Tensor) and emissions.dim() != 3:
         got = tuple(emissions.shape)
         raise ValueError(f"emissions: got shape {got}, wanted (B, T, K), batch first")

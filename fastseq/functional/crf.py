@@ -80,8 +80,8 @@ def crf_log_likelihood(
     elif partial:
         rows = _partial(model, tags)
     elif reduction != "none" and _wants_gradient(emissions, transitions, start, end):
-        # The value and its gradient in one pass, and the mean with them; except where B may be a symbol, which a
-        # float argument of an op would turn into a constant.
+        # The value and its gradient in one pass, and the mean with them; except where B may be a symbol,
+        # which a float argument of an op would turn into a constant.
         divided = reduction == "mean" and not torch.compiler.is_compiling()
         scale = -1.0 / max(tags.shape[0], 1) if divided else -1.0
         total = ops.nll_grad(emissions, tags, mask, transitions, start, end, None, scale)[0]

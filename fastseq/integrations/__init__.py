@@ -2,10 +2,8 @@
 
 A swap changes a module's class and nothing else: the module, its parameters and its hooks stay the objects
 that they were, so optimizers, shared modules and references held elsewhere go on working, and the root itself
-can be swapped.
-
-To teach it a layer, add a line to `TABLE`. Classes are looked for by name, so that nothing is imported for
-it.
+can be swapped. To teach it a layer, add a line to `TABLE`; classes are looked for by name, so that nothing is
+imported.
 """
 
 from __future__ import annotations

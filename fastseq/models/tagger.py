@@ -154,7 +154,7 @@ class Tagger(nn.Module):
         embedded = torch.cat([table(ids) for table, ids in zip(self.embeddings, columns, strict=True)], -1)
         hidden = self.lstm(self.dropout(embedded), lengths)
         scores: Tensor = self.output(self.dropout(hidden))
-        return scores
+        return scores.float()  # decoders count in float32, also under autocast
 
     def forward(self, tokens: Tensor, lengths: Tensor, tags: Tensor | None = None) -> Tensor:
         """The mean negative log-likelihood of a sentence; without tags, the emissions.

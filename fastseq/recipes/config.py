@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -167,7 +167,17 @@ def _explain(error: ValidationError, config_class: type[BaseModel]) -> str:
 
 
 def _siblings(config_class: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys that are known where `location` points."""
     section: Any = config_class
     for part in location[:-1]:
-        section = section.model_fields[part].annotation if part in section.model_fields else section
+        if part in section.model_fields:  # else it is the key of a mapping, whose section is already there
+            section = _section_in(section.model_fields[part].annotation)
     return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section that a type holds, such as that of the values of a mapping."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    found = [_section_in(part) for part in get_args(annotation)]
+    return next((section for section in found if section is not None), None)

@@ -12,8 +12,14 @@ import torch
 
 from fastseq_benchmarks import cli, crf, crf_truth
 from fastseq_benchmarks.results import load
+from fastseq_benchmarks.runner import Effort
 
-TINY = ["crf", "--quick", "--budget", "0", "--shape", "2,6,3"]
+TINY = ["crf", "--quick", "--shape", "2,6,3", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "QUICK", Effort(budget_s=0.0, min_rounds=2, sample_s=0.0))
 
 
 def inputs(shape: tuple[int, int, int] = (3, 4, 3), seed: int = 0) -> crf_truth.Inputs:
@@ -67,9 +73,8 @@ def test_the_check_of_paths_takes_ties_and_nothing_else() -> None:
 
 
 def test_quick_run_of_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    threads, out = torch.get_num_threads(), tmp_path / "new.json"
+    out = tmp_path / "new.json"
     status = cli.main([*TINY, "--json", str(out)])
-    torch.set_num_threads(threads)
     text = capsys.readouterr().out
     assert status == 0, text
     found = load(out)
@@ -83,7 +88,6 @@ def test_quick_run_of_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFixture
     assert str(Path.home()) not in out.read_text()
     assert cli.main([*TINY, "--suite", "loss", "--compare", str(out)]) in (0, 1)
     assert "new against old" in capsys.readouterr().out
-    torch.set_num_threads(threads)
 
 
 def test_a_missing_peer_is_named_with_the_extra_that_has_it(
@@ -95,9 +99,7 @@ def test_a_missing_peer_is_named_with_the_extra_that_has_it(
         return builtins.__import__(name, fromlist=["_"])
 
     monkeypatch.setattr(crf.importlib, "import_module", absent)
-    threads = torch.get_num_threads()
     status = cli.main([*TINY, "--suite", "viterbi"])
-    torch.set_num_threads(threads)
     text = capsys.readouterr().out
     assert status == 0, text
     assert "not installed: pip install 'fastseq-kernels[bench]'" in text
@@ -135,9 +137,8 @@ def test_accuracy_table_against_float64() -> None:
 
 def test_json_is_plain(tmp_path: Path) -> None:
     """No NaN or infinity, which other readers of JSON refuse."""
-    threads, out = torch.get_num_threads(), tmp_path / "new.json"
+    out = tmp_path / "new.json"
     cli.main([*TINY, "--suite", "loss", "--dtype", "bfloat16", "--json", str(out)])
-    torch.set_num_threads(threads)
 
     def refuse(word: str) -> None:
         raise AssertionError(word)

@@ -19,12 +19,12 @@ needs_library = pytest.mark.skipif(not library.loaded("cpu"), reason=f"cpu libra
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    # Away from the source tree, and at the same copy of fastseq that is under test here.
+    # Away from the source tree, and with the copy of fastseq that is under test here.
     path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), str(PACKAGE.parent)]))
     return subprocess.run(
         [sys.executable, *arguments],
         env=os.environ | environment | {"PYTHONPATH": path},
-        cwd=PACKAGE.parent,
+        cwd=Path(sys.executable).parent,
         capture_output=True,
         text=True,
         check=False,

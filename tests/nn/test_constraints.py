@@ -11,7 +11,7 @@ from fastseq.nn import tag_constraints
 
 
 def read_spans(tags: tuple[str, ...], scheme: str) -> list[tuple[int, int, str]] | None:
-    """The spans (first, last, type) that a sequence writes, read from left to right; None if it is malformed."""
+    """The spans (first, last, type) that a sequence writes, read left to right; None if malformed."""
     spans: list[tuple[int, int, str]] = []
     open_at, open_type = None, ""
     begin, single, last = {"BIOES": "BSE", "BILOU": "BUL", "BMES": "BSE"}.get(scheme, "B  ")

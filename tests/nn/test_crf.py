@@ -1,4 +1,4 @@
-"""`fastseq.nn.CRF` beyond pytorch-crf: masks, constraints, decoders, dtypes, and what torch does to modules."""
+"""`fastseq.nn.CRF` beyond pytorch-crf: masks, constraints, decoders, dtypes, and what torch does to it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 NAMES = {"PER": ["Ada", "Alan", "Grace"], "LOC": ["Paris", "Rome", "Oslo", "New York"]}
 FILLERS = "the a sees in near old small was with and went to".split()
@@ -32,11 +34,10 @@ def conll(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-@pytest.fixture()
-def tiny(conll: dict[str, Path], tmp_path: Path) -> list[str]:
+def tiny_settings(conll: dict[str, Path], run_dir: Path) -> list[str]:
     """The settings of a run of a second or two, in which every kind of state matters to the result."""
     return [
-        f"run_dir={tmp_path / 'run'}",
+        f"run_dir={run_dir}",
         "data.name=conll",
         *[f"data.{part}={path}" for part, path in conll.items()],
         "model.features={token: {size: 12, min_count: 2}, bigram: null, last: {size: 4}}",
@@ -54,3 +55,24 @@ def tiny(conll: dict[str, Path], tmp_path: Path) -> list[str]:
         "train.tensorboard=false",
         "train.progress=false",
     ]
+
+
+@pytest.fixture()
+def tiny(conll: dict[str, Path], tmp_path: Path) -> list[str]:
+    """`tiny_settings` in a folder of the test's own."""
+    return tiny_settings(conll, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def tiny_settings_of() -> Callable[[dict[str, Path], Path], list[str]]:
+    """The function itself, for fixtures that outlive a test: a conftest cannot be imported by name."""
+    return tiny_settings
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

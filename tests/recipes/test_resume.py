@@ -20,7 +20,7 @@ from fastseq.recipes.train import run
 
 CHILD = Path(__file__).with_name("child.py")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastseq.recipes.tagger", "fastseq.recipes.train"])
+CONTEXT.set_forkserver_preload(["fastseq.recipes.tagger", "fastseq.recipes.train", "torch._dynamo"])
 
 
 def settings(overrides: list[str]) -> Any:
@@ -33,10 +33,6 @@ def start(overrides: list[str], die_at_rename: int = 0) -> Any:
     process = CONTEXT.Process(target=runpy.run_path, args=(str(CHILD), values))
     process.start()
     return process
-
-
-def moved(overrides: list[str], folder: Path) -> list[str]:
-    return [f"run_dir={folder}", *overrides[1:]]
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:
@@ -64,14 +60,18 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert [(line["step"], line["dev"]) for line in logs[0]] == [(line["step"], line["dev"]) for line in logs[1]]
 
 
-@pytest.fixture()
-def reference(tiny: list[str], tmp_path: Path) -> tuple[Path, float]:
+@pytest.fixture(scope="module")
+def reference(
+    conll: dict[str, Path], tiny_settings_of: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, float]:
     """A run that was left alone, and how long it took."""
+    folder = tmp_path_factory.mktemp("reference")
+    start(tiny_settings_of(conll, folder / "warm")).join()  # the first pays for the fork server's imports
     started = time.perf_counter()
-    process = start(moved(tiny, tmp_path / "reference"))
+    process = start(tiny_settings_of(conll, folder / "run"))
     process.join()
     assert process.exitcode == 0
-    return tmp_path / "reference", time.perf_counter() - started
+    return folder / "run", time.perf_counter() - started
 
 
 def test_killed_at_random_moments(tiny: list[str], tmp_path: Path, reference: tuple[Path, float]) -> None:
@@ -79,7 +79,7 @@ def test_killed_at_random_moments(tiny: list[str], tmp_path: Path, reference: tu
     rng, kills = random.Random(1), 0
     while not (tmp_path / "run" / "test.json").exists():
         process = start(tiny)
-        process.join(timeout=rng.uniform(0.2, 0.9) * seconds if kills < 6 else None)
+        process.join(timeout=rng.uniform(0.2, 0.9) * seconds if kills < 4 else None)
         if process.is_alive():
             process.kill()
             process.join()
@@ -91,7 +91,7 @@ def test_killed_at_random_moments(tiny: list[str], tmp_path: Path, reference: tu
 
 
 def test_killed_at_every_kind_of_rename(tiny: list[str], tmp_path: Path, reference: tuple[Path, float]) -> None:
-    for rename in (1, 2, 3, 4, 5, 3, 1, 2):  # of config, best, last to previous, last; some runs get nowhere
+    for rename in (1, 3, 4, 5, 2):  # of the config, of last to previous, of last, of best
         process = start(tiny, die_at_rename=rename)
         process.join()
         assert process.exitcode == -9 or (tmp_path / "run" / "test.json").exists()
@@ -105,7 +105,7 @@ def test_killed_at_every_kind_of_rename(tiny: list[str], tmp_path: Path, referen
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     tiny: list[str], tmp_path: Path, reference: tuple[Path, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process = start(tiny, die_at_rename=9)
+    process = start(tiny, die_at_rename=8)  # with last.pt and the one before it there
     process.join()
     last = tmp_path / "run" / "last.pt"
     data = last.read_bytes()
