@@ -67,9 +67,10 @@ def loss_and_gradients(inputs: Inputs) -> dict[str, Tensor]:
 def _nll(leaves: dict[str, Tensor], tags: Tensor, mask: Tensor, rows: slice) -> Tensor:
     """The log-partition minus the score of `tags`, for some rows."""
     x, A, start, end = leaves["emissions"][rows], leaves["transitions"], leaves["start"], leaves["end"]
-    alpha = start + x[:, 0]
+    steps = x.unbind(1)  # x[:, t] would cost a gradient of x's size at each step
+    alpha = start + steps[0]
     for t in range(1, x.shape[1]):
-        step = torch.logsumexp(alpha[:, :, None] + A, dim=1) + x[:, t]
+        step = torch.logsumexp(alpha[:, :, None] + A, dim=1) + steps[t]
         alpha = torch.where(mask[:, t, None], step, alpha)
     last = tags.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
     emitted = (x.gather(2, tags[:, :, None])[:, :, 0] * mask).sum(1)

@@ -73,8 +73,8 @@ def _versions() -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     found: dict[str, Any] = {"system": platform.platform()}
     found |= {f"${name}": os.environ[name] for name in VARIABLES if name in os.environ}
-    found |= _guarded(lambda: importlib.import_module("fastseq.host").cpu_features())
-    found |= _guarded(_torch_devices)
+    found["cpu"] = _guarded(lambda: importlib.import_module("fastseq.host").cpu_features())
+    found["torch"] = _guarded(_torch_devices)
     return found
 
 
@@ -83,7 +83,7 @@ def _torch_devices() -> dict[str, Any]:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus))
-    return {"torch threads": torch.get_num_threads(), "GPUs": names or "none"}
+    return {"threads": torch.get_num_threads(), "GPUs": names or "none"}
 
 
 def _build() -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _load(device: str) -> None:
     try:
         import torch
 
-        torch.ops.load_library(str(path(device)))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path(device)))
         _libraries[device] = ctypes.CDLL(str(path(device)))  # the same copy again: for its plain C functions
     except Exception as error:  # whatever it is, the package must work without the library
         built = f" (built against torch {record['torch']})" if "torch" in record else ""

@@ -122,27 +122,24 @@ class Op:
         """Give the op its derivative, for every backend.
 
         `setup(ctx, inputs, output)` and `backward(ctx, *grads)` are those of `torch.library.register_autograd`. They
-        serve twice: below torch.compile and functorch through the dispatcher, and in plain eager calls through an
-        ordinary autograd.Function, which costs about 55 us less a training step than the dispatcher's way.
+        serve twice: below torch.compile, through the dispatcher, and else through an ordinary autograd.Function, which
+        functorch understands, and which costs about 55 us less a training step than the dispatcher's way.
         """
-        name = f"{NAMESPACE}::{self.name}"
-        torch.library.register_autograd(name, backward, setup_context=setup, lib=LIB)
-        run = self.run
+        torch.library.register_autograd(f"{NAMESPACE}::{self.name}", backward, setup_context=setup, lib=LIB)
+        members = {"forward": self.run, "setup_context": setup, "backward": backward, "vmap": self._vmap}
+        static = {name: staticmethod(member) for name, member in members.items()}
+        self._direct = type(f"Fastseq_{self.name}", (torch.autograd.Function,), static)
 
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = run(*args)
-            setup(ctx, args, output)
-            return output
-
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._direct = type(f"Fastseq_{self.name}", (torch.autograd.Function,), members)
+    def no_derivative(self) -> None:
+        """Say that the op's outputs never require a gradient, as those of a search or of a sampler do not."""
+        LIB.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_plain(args):
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _is_plain(args):
             return self.torch_op(*args)
-        if self._direct is not None and torch.is_grad_enabled():
+        if self._direct is not None and (torch.is_grad_enabled() or _in_functorch()):
             return self._direct.apply(*args)  # type: ignore[no-untyped-call]
-        return self.run(*args)
+        return self.torch_op(*args) if _in_functorch() else self.run(*args)
 
     def run(self, *args: Any) -> Any:
         """What PyTorch calls below the op boundary: the dispatch, in one line."""
@@ -171,19 +168,20 @@ class Op:
             [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
             for i in range(info.batch_size)
         )
-        outputs = [self.torch_op(*s) for s in slices]
+        outputs = [self(*s) for s in slices]
         if isinstance(outputs[0], Tensor):
             return torch.stack(outputs), 0
         return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * len(outputs[0])
 
 
 def _is_plain(args: Sequence[Any]) -> bool:
-    """No functorch transform, dispatch mode or tensor subclass is involved, so the dispatcher adds only time."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(a) in _PLAIN_TYPES for a in args)
-    )
+    """No argument is of a tensor subclass, whose __torch_dispatch__ the dispatcher would have to call."""
+    return all(type(a) in _PLAIN_TYPES for a in args)
+
+
+def _in_functorch() -> bool:
+    """Whether a functorch transform (torch.func.grad, vmap, ...) is being run."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), int, float, bool}

@@ -1,4 +1,4 @@
-"""Sample inputs, and the check of a backend against the reference; public, so that outside backends can use them.
+"""Sample inputs, and the check of a backend against the reference; public, for outside backends to use.
 
 from fastseq.testing import assert_matches_reference
 assert_matches_reference("crf_nll", "cpu")
@@ -31,7 +31,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1e-2, to
 def sample_inputs(
     op: Op | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Iterator[tuple[Any, ...]]:
-    """The op's own sample inputs: ordinary, awkward (empty, strided, masked) and hostile (-inf, NaN, lost paths).
+    """The op's own samples: ordinary, awkward (empty, strided, masked) and hostile (-inf, NaN, lost paths).
 
     Args:
         op: An op, or its name.
@@ -87,9 +87,10 @@ def assert_matches_reference(
 
 
 def compare(got: Any, wanted: Any, tolerance: float | None = None) -> None:
-    """Hold outputs to the reference's: dtype, shape, NaN for NaN, infinity for infinity, numbers within tolerance.
+    """Hold outputs to the reference's: dtype, shape, NaN for NaN, infinity for infinity, numbers nearly.
 
-    Integer outputs beside a NaN score (the path of a row with NaN in it) may be anything; all others must be equal.
+    Integer outputs beside a NaN score (the path of a row with NaN in it) may be anything; all others must be
+    equal.
     """
     if not isinstance(got, Sequence):
         got, wanted = (got,), (wanted,)

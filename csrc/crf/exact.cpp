@@ -1,6 +1,6 @@
 // Likelihood and its gradient in the float64 log domain (log_domain.h): for float64, and for the rows that
-// the scaled kernels marked. With gradients an edge costs three times the forward pass: its exps are taken
-// again on the way back, which needs one step at a time, and each is a multiply-add into K*K sums of the
+// the scaled kernels marked. With gradients an edge costs twice the forward pass and a little: its exps are taken
+// again on the way back, which keeps one step at a time, and each is a multiply-add into K*K sums of the
 // slot.
 #include "log_domain.h"
 

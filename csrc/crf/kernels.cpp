@@ -172,13 +172,15 @@ void viterbi(const Model<float>& model, int64_t* paths, float* scores, const Par
   const Layout layout = layout_for(B, K);
   const int64_t ld = layout == Layout::by_tag ? round_up(K, Wide::W) : K;
   const Blocks blocks = blocks_for(model.rows, B, layout);
-  float* edges = call_scratch().floats(2 * K * ld);
+  float* edges = call_scratch().floats(2 * K * ld + ld);
   float* edges_t = edges + K * ld;
-  std::fill(edges, edges + 2 * K * ld, -INFINITY);
+  std::fill(edges, edges + 2 * K * ld + ld, -INFINITY);
   for (int64_t i = 0; i < K; ++i)
     for (int64_t j = 0; j < K; ++j) edges_t[j * ld + i] = edges[i * ld + j] = model.transitions[i * K + j];
+  float* reach = edges_t + K * ld;
+  if (layout == Layout::by_tag) find_reach(edges, ld, K, reach);
   std::vector<uint8_t> invalid(B);
-  const ViterbiJob job{model, edges, edges_t, ld, paths, scores, invalid.data()};
+  const ViterbiJob job{model, edges, edges_t, ld, reach, paths, scores, invalid.data()};
   for (int64_t b = 0; b < B; ++b) scores[b] = model.rows.length(b) ? NAN : 0;
 
   run_tasks(parallel, blocks.count(), [&](int64_t i) {

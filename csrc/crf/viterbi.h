@@ -4,6 +4,10 @@
 // Rounding and ties are those of the textbook's (and pytorch-crf's) step, max over i of (score_i + A_ij) + x_j, where the
 // first i wins: adding x_j after the maximum gives the same score, since rounding is monotone, but the way back compares
 // with x_j added, as two sums that differ may round to one.
+//
+// With many tags most of them cannot win: where tag i is so far behind the best tag that no transition makes up for it,
+// score_i + max_j (A_ij - min_i' A_i'j) < max score, row i of A is not read at all. That is exact, it is the common case,
+// and it is also what makes more than 1 edge per add and max possible; where A forbids (-inf), nothing can be ruled out.
 #pragma once
 #include "scaled.h"
 #include "semiring.h"
@@ -14,16 +18,27 @@ struct ViterbiJob {
   const Model<float>& model;
   const float *edges, *edges_t;  // (K, ld) padded with -inf: from x to, to x from
   int64_t ld;
+  const float* reach;  // (ld,): by how much row i of A can exceed another, max_j (A_ij - min_i' A_i'j)
   int64_t* paths;    // (B,T), filled with -100
   float* scores;     // (B,), filled with NaN
   uint8_t* invalid;  // (B,), zeros; 1 where NaN or +inf was seen: the score stays NaN
 };
 
-// Whether any number of K may not take part in arithmetic: NaN or +inf.
-inline bool has_nan_or_inf(const float* x, int64_t K) {
-  bool found = false;
-  for (int64_t k = 0; k < K; ++k) found |= !(x[k] <= FLT_MAX);
-  return found;
+// out = from + x, K of each. Returns whether any x is one that nothing may be computed from: NaN or +inf.
+inline bool add_emissions(const float* from, const float* x, int64_t K, float* out) {
+  const Wide largest_finite = Wide::set(FLT_MAX);
+  uint32_t bad = 0;
+  int64_t k = 0;
+  for (; k + Wide::W <= K; k += Wide::W) {
+    const Wide x_k = Wide::load(x + k);
+    bad |= Wide::not_ge(largest_finite, x_k);
+    (Wide::load(from + k) + x_k).store(out + k);
+  }
+  for (; k < K; ++k) {
+    bad |= !(x[k] <= FLT_MAX);
+    out[k] = from[k] + x[k];
+  }
+  return bad;
 }
 
 struct Best {
@@ -111,22 +126,84 @@ void viterbi_by_sequence(const ViterbiJob& job, const int64_t* rows, int count, 
     trace_back<W>(job, rows[l], staging, [&](int64_t t) { return score(t) + l; });
 }
 
+// max_j (A_ij - min_i' A_i'j) for each i; +inf where a column has -inf or NaN.
+inline void find_reach(const float* edges, int64_t ld, int64_t K, float* reach) {
+  std::vector<float> least(edges, edges + K);
+  for (int64_t i = 1; i < K; ++i)
+    for (int64_t j = 0; j < K; ++j) least[j] = edges[i * ld + j] < least[j] ? edges[i * ld + j] : least[j];
+  for (int64_t i = 0; i < K; ++i) {
+    reach[i] = -INFINITY;
+    for (int64_t j = 0; j < K; ++j) {
+      const float d = edges[i * ld + j] - least[j];
+      reach[i] = d <= reach[i] ? reach[i] : d;
+    }
+    if (!(reach[i] < INFINITY)) reach[i] = INFINITY;
+  }
+}
+
+// The tags that could be the best predecessor of some tag, ascending: those that are not ruled out by `reach`. Both are
+// padded to ld with -inf.
+inline int possible_winners(const float* score, const float* reach, int64_t ld, float widest, int32_t* out) {
+  Wide tops = Wide::set(-INFINITY);
+  for (int64_t k = 0; k < ld; k += Wide::W) tops = max(Wide::load(score + k), tops);
+  const float top = largest(tops);
+  // rounding must not rule out a tie: four units in the last place of everything that is added
+  const Wide bar = Wide::set(top - 4.8e-7f * (std::fabs(top) + widest));
+  int n = 0;
+  for (int64_t k = 0; k < ld; k += Wide::W) {
+    uint32_t above = Wide::not_ge(bar, Wide::load(score + k) + Wide::load(reach + k));
+    for (; above; above &= above - 1) out[n++] = int32_t(k) + __builtin_ctz(above);
+  }
+  return n;
+}
+
+// out_j = max over the given tags i of score_i + A_ij, for one row.
+template <int NV>
+FASTSEQ_INLINE void best_of_few(const float* score, const float* table, int64_t ld, const int32_t* tags, int n, float* out) {
+  Wide best[NV];
+  for (int v = 0; v < NV; ++v) best[v] = Wide::set(-INFINITY);
+  for (int c = 0; c < n; ++c) {
+    const Wide s = Wide::set(score[tags[c]]);
+    const float* row = table + tags[c] * ld;
+    for (int v = 0; v < NV; ++v) best[v] = max(s + Wide::load(row + v * Wide::W), best[v]);
+  }
+  for (int v = 0; v < NV; ++v) best[v].store(out + v * Wide::W);
+}
+
 // Lanes are tags: up to 6 rows, longest first. Scratch: L * count * ld + K + 16.
 inline void viterbi_by_tag(const ViterbiJob& job, const int64_t* rows, int count, float* scratch) {
   const Model<float>& m = job.model;
   const int64_t K = m.x.K, ld = job.ld, L = m.rows.length(rows[0]);
   float* staging = scratch + L * count * ld;
   const auto score = [&](int64_t t, int r) { return scratch + (t * count + r) * ld; };
+  std::vector<int32_t> winners(count * ld);
+  int n_winners[kMaxRows];
+  const float widest = *std::max_element(job.reach, job.reach + K);
   int active = count;
   for (int64_t t = 0; t < L; ++t) {
     while (m.rows.length(rows[active - 1]) <= t) --active;
-    if (t) rows_by_table<MaxPlus>(active, score(t - 1, 0), job.edges, ld, K, score(t, 0));
+    int64_t total = 0;
+    for (int r = 0; t && r < active; ++r) {
+      n_winners[r] = possible_winners(score(t - 1, r), job.reach, ld, widest, winners.data() + r * ld);
+      total += n_winners[r];
+    }
+    if (t && 3 * total > active * K) {
+      rows_by_table<MaxPlus>(active, score(t - 1, 0), job.edges, ld, K, score(t, 0));
+    } else if (t) {
+      for (int r = 0; r < active; ++r) {
+        const int32_t* tags = winners.data() + r * ld;
+        int64_t j = 0;
+        for (; j + 4 * Wide::W <= ld; j += 4 * Wide::W)
+          best_of_few<4>(score(t - 1, r), job.edges + j, ld, tags, n_winners[r], score(t, r) + j);
+        for (; j < ld; j += Wide::W)
+          best_of_few<1>(score(t - 1, r), job.edges + j, ld, tags, n_winners[r], score(t, r) + j);
+      }
+    }
     for (int r = 0; r < active; ++r) {
       const float* e = emission_row(m.x, rows[r], m.rows.of(rows[r])[t], staging);
       float* s = score(t, r);
-      const float* from = t ? s : m.start;
-      if (has_nan_or_inf(e, K)) job.invalid[rows[r]] = 1;
-      for (int64_t k = 0; k < K; ++k) s[k] = from[k] + e[k];
+      if (add_emissions(t ? s : m.start, e, K, s)) job.invalid[rows[r]] = 1;
+      std::fill(s + K, s + ld, -INFINITY);
     }
   }
   for (int r = 0; r < count; ++r)

@@ -1,295 +1,360 @@
-// The CRF kernels against plain double-precision recursions, for every layout, type and kind of mask; and the
-// same bits from any number of threads. Run once per instruction set; under the sanitizers the buffers have
-// no slack to hide in.
-#include "crf/crf.h"
-
+// The float32 kernels against the float64 log domain on the same numbers: likelihoods, all gradients, best
+// paths; every layout, type and mask, what may be lost in a scaled domain, and the same bits from any number
+// of threads. Run once per instruction set. Every buffer ends where memory ends, so that reading past it is a
+// crash.
 #include <algorithm>
-#include <cstdlib>
-#include <limits>
-#include <random>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <string>
 #include <thread>
 
-#include "common/half.h"
-#include "crf/kernels.h"
 #include "testing/check.h"
-
-using namespace fastseq;
-using namespace fastseq::crf;
+#include "testing/crf_problem.h"
+#include "testing/threads.h"
 
 namespace {
 
-constexpr double kInf = std::numeric_limits<double>::infinity();
+using namespace fastseq;
+using namespace fastseq::testing;
 
-enum class Mask { full, right, holes };
+constexpr double kScale = 0.5;
 
-struct Problem {
-  int64_t B, T, K;
-  std::vector<float> x, transitions, start, end, weights;
-  std::vector<int64_t> tags;
-  Rows rows;
-
-  Problem(int64_t B, int64_t T, int64_t K, Mask mask, bool hazards) : B(B), T(T), K(K) {
-    std::mt19937 random(unsigned(B * 1000003 + T * 1009 + K));
-    std::normal_distribution<float> normal;
-    const auto fill = [&](std::vector<float>& v, int64_t n) {
-      v.resize(n);
-      for (float& value : v) value = normal(random);
-    };
-    fill(x, B * T * K);
-    fill(transitions, K * K);
-    fill(start, K);
-    fill(end, K);
-    fill(weights, B);
-    if (hazards)  // forbidden edges, and some that are as good as that; the diagonal stays, so that paths
-                  // exist
-      for (int64_t i = 0; i < K; ++i)
-        for (int64_t j = 0; j < K; ++j)
-          if (i != j && random() % 3 == 0) transitions[i * K + j] = random() % 2 ? -INFINITY : -1e4f;
-    tags.assign(B * T, -100);
-    rows.offset.push_back(0);
-    for (int64_t b = 0; b < B; ++b) {
-      const int64_t length = mask == Mask::right ? int64_t(random() % (T + 1)) : T;  // 0: an empty row
-      const auto tag = int64_t(random() % K);
-      for (int64_t t = 0; t < length; ++t) {
-        if (mask == Mask::holes && random() % 3 == 0) continue;
-        rows.positions.push_back(int32_t(t));
-        tags[b * T + t] = hazards ? tag : int64_t(random() % K);
-      }
-      rows.offset.push_back(int64_t(rows.positions.size()));
-    }
-  }
-};
-
-// What one row should give, by the definition.
-struct Truth {
-  double log_z = 0, gold = 0, best = 0, entropy = 0;
-  std::vector<double> unary, pairs;  // expected counts: (T,K), (K,K)
-};
-
-double log_add(double a, double b) {
-  if (a < b) std::swap(a, b);
-  return b == -kInf ? a : a + std::log1p(std::exp(b - a));
-}
-
-Truth truth(const Problem& p, const std::vector<double>& x, int64_t b) {
-  const int64_t L = p.rows.length(b), K = p.K;
-  const int32_t* at = p.rows.of(b);
-  Truth out;
-  out.unary.assign(p.T * K, 0);
-  out.pairs.assign(K * K, 0);
-  if (L == 0) return out;
-  const auto e = [&](int64_t i, int64_t k) { return x[(b * p.T + at[i]) * K + k]; };
-  std::vector<double> alpha(L * K, -kInf), best(L * K, -kInf), beta(L * K, -kInf);
-  for (int64_t k = 0; k < K; ++k) alpha[k] = best[k] = p.start[k] + e(0, k);
-  for (int64_t i = 1; i < L; ++i)
-    for (int64_t k = 0; k < K; ++k) {
-      for (int64_t j = 0; j < K; ++j) {
-        alpha[i * K + k] = log_add(alpha[i * K + k], alpha[(i - 1) * K + j] + p.transitions[j * K + k]);
-        best[i * K + k] = std::max(best[i * K + k], best[(i - 1) * K + j] + p.transitions[j * K + k]);
-      }
-      alpha[i * K + k] += e(i, k);
-      best[i * K + k] += e(i, k);
-    }
-  out.log_z = out.best = -kInf;
-  for (int64_t k = 0; k < K; ++k) {
-    beta[(L - 1) * K + k] = p.end[k];
-    out.log_z = log_add(out.log_z, alpha[(L - 1) * K + k] + p.end[k]);
-    out.best = std::max(out.best, best[(L - 1) * K + k] + p.end[k]);
-  }
-  out.entropy = out.log_z;
-  const auto count = [&](double log_weight, double score, double& into) {
-    const double probability = std::exp(log_weight - out.log_z);
-    into += probability;
-    if (probability > 0) out.entropy -= probability * score;
-  };
-  for (int64_t i = L - 1; i >= 0; --i)
-    for (int64_t j = 0; j < K; ++j) {
-      if (i + 1 < L)
-        for (int64_t k = 0; k < K; ++k) {
-          const double rest = p.transitions[j * K + k] + e(i + 1, k) + beta[(i + 1) * K + k];
-          beta[i * K + j] = log_add(beta[i * K + j], rest);
-          count(alpha[i * K + j] + rest, p.transitions[j * K + k], out.pairs[j * K + k]);
-        }
-      const double ends = e(i, j) + (i == 0 ? p.start[j] : 0.) + (i == L - 1 ? p.end[j] : 0.);
-      count(alpha[i * K + j] + beta[i * K + j], ends, out.unary[at[i] * K + j]);
-    }
-  for (int64_t i = 0; i < L; ++i) {
-    const int64_t y = p.tags[b * p.T + at[i]];
-    out.gold += e(i, y) + (i == 0 ? p.start[y] : p.transitions[p.tags[b * p.T + at[i - 1]] * K + y]);
-  }
-  out.gold += p.end[p.tags[b * p.T + at[L - 1]]];
-  return out;
-}
-
-// n ranges on n threads, as different from the serial order as can be.
-void threaded_for(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
-  const int64_t parts = std::min<int64_t>(n, 4);
-  std::vector<std::thread> threads;
-  for (int64_t i = parts - 1; i >= 0; --i)
-    threads.emplace_back([=, &f] { f(n * i / parts, n * (i + 1) / parts); });
-  for (std::thread& thread : threads) thread.join();
-}
-
-// The problem in the types of a kernel: R for parameters and results, the emissions as given.
-template <class R>
-struct Call {
-  const Problem& p;
-  std::vector<R> transitions, start, end, weights;
-  Model<R> model;
-
-  Call(const Problem& p, const void* x, Type type)
-      : p(p),
-        transitions(p.transitions.begin(), p.transitions.end()),
-        start(p.start.begin(), p.start.end()),
-        end(p.end.begin(), p.end.end()),
-        weights(p.weights.begin(), p.weights.end()),
-        model{
-            {x, type, p.B, p.T, p.K, p.T * p.K, p.K}, p.rows, transitions.data(), start.data(), end.data()} {}
-};
+// ---- running ----------------------------------------------------------------------------------------------
 
 template <class R>
 struct Result {
-  std::vector<R> nll, transitions, start, end;
-  std::vector<unsigned char> emissions;
-  bool operator==(const Result&) const = default;
+  Memory<R> nll, transitions, start, end;
+  Memory<char> emissions;
 };
 
 template <class R>
-Result<R> run_nll(const Call<R>& call, size_t element, const ParallelFor& parallel_for) {
-  const Problem& p = call.p;
-  Result<R> out;
-  out.nll.assign(p.B, 7);
-  out.transitions.assign(p.K * p.K, 7);
-  out.start.assign(p.K, 7);
-  out.end.assign(p.K, 7);
-  out.emissions.assign(p.x.size() * element, 0x77);
-  const Gradients<R> gradient{out.emissions.data(),   p.T * p.K,        p.K,
-                              out.transitions.data(), out.start.data(), out.end.data()};
-  const Tags tags{p.tags.data(), p.T, 1};
-  nll<R>(call.model, tags, call.weights.data(), 0.5, out.nll.data(), &gradient, parallel_for);
+Result<R> run_nll(const Problem& p, const View& view, const ParallelFor& parallel_for, bool gradient = true) {
+  const int64_t K = p.K;
+  Result<R> out{Memory<R>(p.B), Memory<R>(K * K), Memory<R>(K), Memory<R>(K),
+                Memory<char>(view.extent(p) * bytes(view.type))};
+  const Parameters<R> parameters(p);
+  const Gradients<R> to{out.emissions.data(),   view.stride_b,    view.stride_t,
+                        out.transitions.data(), out.start.data(), out.end.data()};
+  const Memory<R> weights(p.weights);
+  nll<R>(parameters.model(p, view), p.tagged ? p.gold() : Tags{}, p.weighted ? weights.data() : nullptr,
+         kScale, out.nll.data(), gradient ? &to : nullptr, parallel_for);
   return out;
 }
 
-template <class R, class X, class Read>
-void check_nll(const Problem& p, const std::vector<X>& x, Type type, const Read& read, double tolerance,
-               double emission_tolerance) {
-  const Call<R> call(p, x.data(), type);
-  const Result<R> out = run_nll(call, sizeof(X), serial_for);
-  CHECK(out == run_nll(call, sizeof(X), threaded_for));
+template <class T>
+bool same_bits(const Memory<T>& a, const Memory<T>& b) {
+  return a.size() == b.size() &&
+         (a.size() == 0 || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
 
-  std::vector<double> exact(x.size());
-  for (size_t i = 0; i < x.size(); ++i) exact[i] = read(x[i]);
-  std::vector<double> transitions(p.K * p.K, 0), start(p.K, 0), end(p.K, 0);
-  const X* gradient = reinterpret_cast<const X*>(out.emissions.data());
+template <class R>
+bool same_bits(const Result<R>& a, const Result<R>& b) {
+  return same_bits(a.nll, b.nll) && same_bits(a.transitions, b.transitions) && same_bits(a.start, b.start) &&
+         same_bits(a.end, b.end) && same_bits(a.emissions, b.emissions);
+}
+
+// ---- likelihood and gradients -----------------------------------------------------------------------------
+
+// How far a value of the type may be from the number that was rounded to it, relative.
+double rounding(Type type) { return type == Type::bf16 ? 0x1p-8 : type == Type::f16 ? 0x1p-11 : 0x1p-24; }
+
+bool near(double got, double want, double tolerance) {
+  if (std::isnan(want) || std::isinf(want)) return std::isnan(want) ? std::isnan(got) : got == want;
+  return std::abs(got - want) <= tolerance;
+}
+
+void check_parameter(const char* what, const Memory<float>& got, const Memory<double>& want, int64_t rows) {
+  for (int64_t i = 0; i < want.size(); ++i) {
+    if (near(got[i], want[i], 2e-5 * (double(rows) + std::abs(want[i])))) continue;
+    if (report(__FILE__, __LINE__))
+      std::printf("gradient of %s[%d] is %.9g, wanted %.9g\n", what, int(i), got[i], want[i]);
+  }
+}
+
+void check_emissions(const Problem& p, const View& view, const Result<float>& got, const View& exact_view,
+                     const Result<double>& want) {
+  std::vector<double> g(p.K), w(p.K);
+  std::vector<bool> written(got.emissions.size());
   for (int64_t b = 0; b < p.B; ++b) {
-    const Truth want = truth(p, exact, b);
-    const double w = 0.5 * p.weights[b];
-    const int64_t L = p.rows.length(b);
-    CHECK_CLOSE(out.nll[b], want.log_z - want.gold, tolerance);
-    for (int64_t t = 0; t < p.T; ++t)
+    for (int64_t t = 0; t < p.T; ++t) {
+      load_row(view.emissions(p, got.emissions.data()), b, t, g.data());
+      load_row(exact_view.emissions(p, want.emissions.data()), b, t, w.data());
+      const int64_t at = (b * view.stride_b + t * view.stride_t) * bytes(view.type);
+      std::fill_n(written.begin() + at, p.K * bytes(view.type), true);
       for (int64_t k = 0; k < p.K; ++k) {
-        const double observed = p.tags[b * p.T + t] == k;
-        CHECK_CLOSE(read(gradient[(b * p.T + t) * p.K + k]), w * (want.unary[t * p.K + k] - observed),
-                    emission_tolerance);
+        if (near(g[k], w[k], 1e-5 + rounding(view.type) * std::abs(w[k]))) continue;
+        if (report(__FILE__, __LINE__))
+          std::printf("gradient of emissions[%d,%d,%d] is %.9g, wanted %.9g\n", int(b), int(t), int(k), g[k],
+                      w[k]);
       }
-    if (L == 0) continue;
-    const int64_t first = p.rows.of(b)[0], last = p.rows.of(b)[L - 1];
-    for (int64_t k = 0; k < p.K; ++k) {
-      start[k] += w * (want.unary[first * p.K + k] - (p.tags[b * p.T + first] == k));
-      end[k] += w * (want.unary[last * p.K + k] - (p.tags[b * p.T + last] == k));
-    }
-    for (int64_t i = 0; i < p.K * p.K; ++i) transitions[i] += w * want.pairs[i];
-    for (int64_t i = 1; i < L; ++i) {
-      const int64_t from = p.tags[b * p.T + p.rows.of(b)[i - 1]], to = p.tags[b * p.T + p.rows.of(b)[i]];
-      transitions[from * p.K + to] -= w;
     }
   }
-  for (int64_t i = 0; i < p.K * p.K; ++i) CHECK_CLOSE(out.transitions[i], transitions[i], 4 * tolerance);
-  for (int64_t k = 0; k < p.K; ++k) {
-    CHECK_CLOSE(out.start[k], start[k], 4 * tolerance);
-    CHECK_CLOSE(out.end[k], end[k], 4 * tolerance);
-  }
+  for (int64_t i = 0; i < got.emissions.size(); ++i) CHECK(written[i] || got.emissions[i] == kUntouched);
 }
 
-double path_score(const Problem& p, int64_t b, const int64_t* path) {
-  const int64_t L = p.rows.length(b);
-  const int32_t* at = p.rows.of(b);
-  for (int64_t t = 0, i = 0; t < p.T; ++t) {
-    const bool on = i < L && at[i] == t;
-    if (on) ++i;
-    CHECK(on ? path[t] >= 0 && path[t] < p.K : path[t] == -100);
-  }
-  double score = 0;
-  for (int64_t i = 0; i < L; ++i) {
-    const int64_t y = path[at[i]];
-    score +=
-        p.x[(b * p.T + at[i]) * p.K + y] + (i == 0 ? p.start[y] : p.transitions[path[at[i - 1]] * p.K + y]);
-    if (i == L - 1) score += p.end[y];
-  }
-  return score;
-}
-
-void check_decoders(const Problem& p) {
-  const Call<float> call(p, p.x.data(), Type::f32);
-  std::vector<int64_t> paths(p.B * p.T, 7), again(p.B * p.T, 7);
-  std::vector<float> scores(p.B, 7), scores_again(p.B, 7);
-  FASTSEQ_SELECT(viterbi)(call.model, paths.data(), scores.data(), serial_for);
-  FASTSEQ_SELECT(viterbi)(call.model, again.data(), scores_again.data(), threaded_for);
-  CHECK(paths == again && scores == scores_again);
-
-  const int64_t n = 3;
-  std::vector<int64_t> best(p.B * n * p.T, 7);
-  std::vector<float> best_scores(p.B * n, 7), entropies(p.B, 7);
-  nbest(call.model, n, best.data(), best_scores.data(), threaded_for);
-  entropy(call.model, entropies.data(), threaded_for);
-  std::vector<float> uniforms(2 * p.B * p.T);
-  std::mt19937 random(1);
-  for (float& u : uniforms) u = std::uniform_real_distribution<float>(0, 1)(random);
-  std::vector<int64_t> samples(uniforms.size(), 7);
-  sample(call.model, uniforms.data(), 2, samples.data(), threaded_for);
-
-  const std::vector<double> x(p.x.begin(), p.x.end());
+void check_nll(const Problem& p, const View& view) {
+  const Result<float> got = run_nll<float>(p, view, serial_for);
+  const View exact_view = view.exactly(p);
+  const Result<double> want = run_nll<double>(p, exact_view, serial_for);
   for (int64_t b = 0; b < p.B; ++b) {
-    const Truth want = truth(p, x, b);
-    CHECK_CLOSE(scores[b], want.best, 1e-5);
-    CHECK_CLOSE(path_score(p, b, &paths[b * p.T]), want.best, 1e-5);
-    CHECK_CLOSE(best_scores[b * n], want.best, 1e-5);
-    CHECK_CLOSE(entropies[b], want.entropy, 1e-4);
-    for (int64_t i = 0; i < n; ++i) {
-      if (best_scores[b * n + i] == -INFINITY) continue;
-      CHECK_CLOSE(path_score(p, b, &best[(b * n + i) * p.T]), best_scores[b * n + i], 1e-5);
-      CHECK(i == 0 || best_scores[b * n + i] <= best_scores[b * n + i - 1]);
+    if (near(got.nll[b], want.nll[b], 1e-5 + 1e-6 * std::abs(want.nll[b]))) continue;
+    if (report(__FILE__, __LINE__))
+      std::printf("nll[%d] is %.9g, wanted %.9g\n", int(b), got.nll[b], want.nll[b]);
+  }
+  check_emissions(p, view, got, exact_view, want);
+  check_parameter("transitions", got.transitions, want.transitions, p.B);
+  check_parameter("start", got.start, want.start, p.B);
+  check_parameter("end", got.end, want.end, p.B);
+  for (int count : {2, 5}) CHECK(same_bits(got, run_nll<float>(p, view, threads(count))));
+  CHECK(same_bits(got.nll, run_nll<float>(p, view, threads(2), false).nll));
+}
+
+// ---- viterbi ----------------------------------------------------------------------------------------------
+
+struct Decoded {
+  Memory<int64_t> paths;
+  Memory<float> scores;
+  explicit Decoded(const Problem& p) : paths(p.B * p.T), scores(p.B) {}
+};
+
+void check_viterbi(const Problem& p, const View& view) {
+  const Parameters<float> parameters(p);
+  const Model<float> model = parameters.model(p, view);
+  Decoded got(p), again(p), want(p);
+  FASTSEQ_SELECT(viterbi)(model, got.paths.data(), got.scores.data(), serial_for);
+  FASTSEQ_SELECT(viterbi)(model, again.paths.data(), again.scores.data(), threads(5));
+  CHECK(same_bits(got.paths, again.paths) && same_bits(got.scores, again.scores));
+  FASTSEQ_SELECT(viterbi_exact<float>)(model, want.paths.data(), want.scores.data(), serial_for);
+  for (int64_t b = 0; b < p.B; ++b) {
+    if (!near(got.scores[b], want.scores[b], 0) && report(__FILE__, __LINE__))
+      std::printf("score[%d] is %.9g, wanted %.9g\n", int(b), got.scores[b], want.scores[b]);
+    for (int64_t t = 0; t < p.T; ++t) {
+      const int64_t tag = got.paths[b * p.T + t], wanted = want.paths[b * p.T + t];
+      const bool in_range = wanted == -100 ? tag == -100 : tag >= 0 && tag < p.K;
+      if (std::isnan(want.scores[b]) ? in_range : tag == wanted) continue;
+      if (report(__FILE__, __LINE__))
+        std::printf("path[%d,%d] is %d, wanted %d\n", int(b), int(t), int(tag), int(wanted));
     }
-    for (int64_t i = 0; i < 2; ++i) CHECK(path_score(p, b, &samples[(i * p.B + b) * p.T]) > -INFINITY);
   }
 }
 
-void check(const Problem& p) {
-  const auto same = [](auto v) { return double(v); };
-  check_nll<float>(p, p.x, Type::f32, same, 2e-5, 2e-5);
-  check_nll<double>(p, std::vector<double>(p.x.begin(), p.x.end()), Type::f64, same, 1e-11, 1e-11);
-  std::vector<uint16_t> half(p.x.size());
-  std::transform(p.x.begin(), p.x.end(), half.begin(), float_to_bf16);
-  check_nll<float>(p, half, Type::bf16, bf16_to_float, 2e-5, 1e-2);
-  std::transform(p.x.begin(), p.x.end(), half.begin(), float_to_half);
-  check_nll<float>(p, half, Type::f16, half_to_float, 2e-5, 1e-3);
-  check_decoders(p);
+void check(const Problem& p, Type type, Layout layout, const std::string& what) {
+  const View view(p, type, layout);
+  context() = what + ": B " + std::to_string(p.B) + ", T " + std::to_string(p.T) + ", K " +
+              std::to_string(p.K) + ", type " + std::to_string(int(type)) + ", layout " +
+              std::to_string(int(layout));
+  check_nll(p, view);
+  check_viterbi(p, view);
+}
+
+// ---- every size -------------------------------------------------------------------------------------------
+
+constexpr Type kTypes[] = {Type::f32, Type::bf16, Type::f16};
+
+void test_sizes() {
+  int turn = 0;  // types, layouts and masks take turns: their periods have no common factor
+  for (int64_t K :
+       {1, 2, 3, 7, 8, 9, 12, 13, 15, 16, 17, 24, 25, 31, 32, 33, 40, 47, 48, 63, 64, 65, 100, 128, 130}) {
+    for (int64_t B : {1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 40}) {
+      Problem p(B, 1 + turn % 7, K, Mask(turn % 4), unsigned(turn));
+      p.tagged = turn % 5 != 0;
+      p.weighted = turn % 6 != 0;
+      if (turn % 8 == 3) p.forbid_some_edges();
+      check(p, turn % 2 ? Type::f32 : kTypes[turn / 2 % 3], Layout(turn / 3 % 4), "sizes");
+      ++turn;
+    }
+  }
+  // Enough rows for full vectors, whatever the number of processors (see layout_for in kernels.cpp).
+  const int64_t many = 32 * int64_t(std::max(1u, std::thread::hardware_concurrency())) + 19;
+  for (int64_t K : {1, 2, 7, 9, 16, 17, 31, 32})
+    check(Problem(many, 5, K, Mask::holes, unsigned(K)), kTypes[K % 3], Layout(K % 4), "many rows");
+  for (int64_t K : {1, 2, 3, 9, 17, 33})
+    for (Mask mask : {Mask::none, Mask::right})
+      check(Problem(3, 3000, K, mask, unsigned(K)), Type::f32, Layout::dense, "long");
+  for (int64_t K : {1, 9, 40}) {
+    check(Problem(0, 4, K, Mask::none, 1), Type::f32, Layout::dense, "no rows");
+    check(Problem(3, 0, K, Mask::none, 1), Type::f32, Layout::dense, "no positions");
+    Problem off(9, 4, K, Mask::none, 1);
+    off.keep([](int64_t, int64_t) { return false; });
+    check(off, Type::f32, Layout::padded, "all empty");
+  }
+}
+
+// ---- what a scaled domain can lose ------------------------------------------------------------------------
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+// Two groups of tags, the first and the rest, with no way from one to the other.
+void part(Problem& p) {
+  for (int64_t k = 1; k < p.K; ++k) p.transitions[k] = p.transitions[k * p.K] = kNever;
+}
+
+// The first tag is `lead` nats ahead of all others, in one step or over all of them, and then it is
+// forbidden: at the last position, or by the end. What is left are paths that had fallen behind.
+void test_lost_paths(int64_t K) {
+  for (float lead : {20.f, 61.f, 64.f, 86.f, 100.f, 1000.f}) {
+    for (int way = 0; way < 8; ++way) {
+      Problem p(9, 40, K, Mask(way % 3), unsigned(K + way));
+      part(p);
+      for (int64_t b = 0; b < p.B; b += 2) {
+        const int64_t L = p.rows.length(b);
+        for (int64_t l = 0; l < L; ++l)
+          if (way % 2 == 0 || l == L / 2) p.at(b, l, 0) += way % 2 ? lead : lead / float(L);
+        if (L > 1 && way / 2 % 2) p.at(b, L - 1, 0) = kNever;
+      }
+      if (way / 2 % 2 == 0) p.end[0] = kNever;
+      if (way >= 4) p.start[0] = 0;
+      check(p, Type::f32, Layout::dense,
+            "lost path, lead " + std::to_string(lead) + ", way " + std::to_string(way));
+    }
+  }
+}
+
+// The other tags are far behind at the start, and again at the end, and make up for it in the middle:
+// forwards they are lost at the start, backwards at the end, and they hold about half of the probability.
+void test_lost_at_both_ends(int64_t K) {
+  for (float lead : {10.f, 30.f, 63.f, 100.f, 1000.f}) {
+    for (int64_t spread : {1, 5, 10}) {
+      Problem p(9, 30, K, Mask::none, unsigned(K + spread));
+      part(p);
+      for (int64_t b = 0; b < p.B; ++b) {
+        for (int64_t t = 0; t < spread; ++t) {
+          const float step = (b % 2 ? lead : -lead) / float(spread);
+          p.at(b, t, 0) += step;
+          p.at(b, 14 - spread / 2 + t, 0) -= 2 * step;
+          p.at(b, 29 - t, 0) += step;
+        }
+        p.at(b, 12, 0) += 1.5f * float(p.T);  // about what the others have for being many
+      }
+      check(p, Type::f32, Layout::dense,
+            "lost at both ends, lead " + std::to_string(lead) + ", over " + std::to_string(spread));
+    }
+  }
+}
+
+void test_constraints(int64_t K) {
+  for (float never : {kNever, -1e4f, -100.f, -50.f}) {
+    const std::string what = "constraints " + std::to_string(never);
+    for (Mask mask : {Mask::none, Mask::right, Mask::holes}) {
+      Problem bio(17, 12, K, mask, unsigned(K));  // O, then B I B I ...: only B or I of a kind lead to its I
+      for (int64_t to = 2; to < K; to += 2) {
+        bio.start[to] = never;
+        for (int64_t from = 0; from < K; ++from)
+          if (from != to && from != to - 1) bio.transitions[from * K + to] = never;
+      }
+      check(bio, Type::f32, Layout::dense, "BIO " + what);
+      for (int64_t& y : bio.tags) y = y > 0 && y % 2 == 0 ? 0 : y;  // gold that is possible
+      check(bio, Type::f16, Layout::dense, "BIO, possible, " + what);
+
+      Problem ends(17, 12, K, mask,
+                   unsigned(K));  // nothing leads to START = K-1, nothing goes on from STOP = K-2
+      for (int64_t k = 0; K > 2 && k < K; ++k) {
+        ends.transitions[k * K + K - 1] = ends.transitions[(K - 2) * K + k] = never;
+        ends.start[k] = k == K - 1 ? 0 : never;
+        ends.end[k] = k == K - 2 ? 0 : never;
+      }
+      check(ends, Type::f32, Layout::padded, "START and STOP, " + what);
+
+      Problem chain(17, 12, K, mask, unsigned(K));  // one successor each
+      for (int64_t i = 0; i < K; ++i)
+        for (int64_t j = 0; j < K; ++j)
+          if (j != (i + 1) % K) chain.transitions[i * K + j] = never;
+      check(chain, Type::f32, Layout::transposed, "chain, " + what);
+    }
+  }
+}
+
+void test_extreme_emissions(int64_t K) {
+  for (int way = 0; way < 6; ++way) {
+    Problem p(17, 12, K, Mask(way % 4), unsigned(K + way));
+    std::mt19937 random{unsigned(way)};
+    for (float& x : p.x) {
+      const unsigned dice = random() % 4;
+      if (way == 0 || way == 5) x = dice < 2 ? x : dice == 2 ? 1e4f : -1e4f;
+      if (way == 1) x = dice ? x : kNever;
+      if (way == 2) x = dice ? kNever : x;  // some positions have nothing left: their rows are dead
+      if (way == 3) x = x * 100;
+      if (way == 4) x = dice < 2 ? kNever : dice == 2 ? 1e4f : -1e4f;
+    }
+    if (way == 5) p.forbid_some_edges();
+    check(p, Type::f32, Layout::dense, "extreme emissions " + std::to_string(way));
+    if (way < 2) check(p, Type::bf16, Layout::padded, "extreme emissions " + std::to_string(way));
+  }
+  Problem dead(9, 6, K, Mask::none, 3);
+  std::fill(dead.start.begin(), dead.start.end(), kNever);
+  check(dead, Type::f32, Layout::dense, "no start");
+  Problem edgeless(9, 6, K, Mask::right, 4);
+  std::fill(edgeless.transitions.begin(), edgeless.transitions.end(), kNever);
+  check(edgeless, Type::f32, Layout::dense, "no transitions");
+  Problem far(9, 6, K, Mask::right, 5);
+  for (auto* parameter : {&far.transitions, &far.start, &far.end})
+    for (float& value : *parameter) value = value * 10 - 1e4f;
+  check(far, Type::f32, Layout::dense, "far parameters");
+}
+
+// NaN or +inf in a row: its own results are NaN, and the other rows' have the same bits as without it.
+void test_poison(int64_t K) {
+  for (float poison : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
+    for (int way = 0; way < 4; ++way) {
+      Problem p(17, 6, K, Mask::holes, unsigned(K));
+      const View view(p, Type::f32, Layout::dense);
+      const Result<float> clean = run_nll<float>(p, view, serial_for);
+      std::vector<bool> poisoned(p.B);
+      for (int64_t b = way; b < p.B; b += 4)
+        if (p.rows.length(b) > 0) poisoned[b] = true, p.at(b, p.rows.length(b) * way / 4, way % K) = poison;
+      check(p, Type::f32, Layout::dense, "poison");
+      const View poisoned_view(p, Type::f32, Layout::dense);
+      const Result<float> got = run_nll<float>(p, poisoned_view, serial_for);
+      for (int64_t b = 0; b < p.B; ++b) {
+        const int64_t row = p.T * K * 4;
+        CHECK(std::isnan(got.nll[b]) == poisoned[b]);
+        if (poisoned[b]) continue;
+        CHECK(std::memcmp(&got.nll[b], &clean.nll[b], 4) == 0);
+        CHECK(std::memcmp(got.emissions.data() + b * row, clean.emissions.data() + b * row, row) == 0);
+      }
+    }
+    for (int which = 0; which < 3; ++which) {
+      Problem p(17, 6, K, Mask::right, unsigned(K));
+      std::vector<float>& parameter = *std::array{&p.transitions, &p.start, &p.end}[which];
+      parameter[parameter.size() / 2] = poison;
+      check(p, Type::f32, Layout::dense, "poisoned parameter " + std::to_string(which));
+    }
+  }
+}
+
+// Calls from several threads at once share nothing but what they read.
+void test_concurrent_calls() {
+  context() = "concurrent calls";
+  const Problem p(17, 9, 9, Mask::right, 1), q(9, 9, 40, Mask::right, 1);
+  const View view(p, Type::f32, Layout::dense), view_q(q, Type::f32, Layout::dense);
+  const Result<float> want = run_nll<float>(p, view, serial_for),
+                      want_q = run_nll<float>(q, view_q, serial_for);
+  bool same[4] = {};
+  std::vector<std::thread> pool;
+  for (int i = 0; i < 4; ++i)
+    pool.emplace_back([&, i] {
+      same[i] = i % 2 ? same_bits(want, run_nll<float>(p, view, threads(2)))
+                      : same_bits(want_q, run_nll<float>(q, view_q, threads(2)));
+    });
+  for (std::thread& thread : pool) thread.join();
+  CHECK(same[0] && same[1] && same[2] && same[3]);
 }
 
 }  // namespace
 
 int main() {
   SKIP_UNLESS_ISA_IS_AS_ASKED();
-  for (int64_t K : {1, 2, 9, 16, 17, 25, 33, 64, 130})
-    for (int64_t B : {1, 5, 33})
-      for (int64_t T : {1, 2, 13}) {
-        if (K > 64 && B > 5) continue;
-        check(Problem(B, T, K, Mask::full, false));
-        check(Problem(B, T, K, Mask::right, true));
-        check(Problem(B, T, K, Mask::holes, false));
-        check(Problem(B, T, K, Mask::holes, true));
-      }
-  check(Problem(2, 400, 9, Mask::right, true));
-  check(Problem(2, 400, 40, Mask::full, false));
-  return fastseq::testing::summary("crf");
+  test_sizes();
+  for (int64_t K : {2, 3, 9, 16, 17, 33, 50}) {
+    test_lost_paths(K);
+    test_lost_at_both_ends(K);
+  }
+  for (int64_t K : {1, 2, 3, 9, 17, 32, 33, 65}) {
+    test_constraints(K);
+    test_extreme_emissions(K);
+    test_poison(K);
+  }
+  test_concurrent_calls();
+  return summary("crf");
 }

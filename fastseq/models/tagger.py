@@ -45,9 +45,9 @@ class SoftmaxDecoder(nn.Module):
 class BiLSTM(nn.Module):
     """A bidirectional LSTM whose result does not depend on padding, with dense kernels only.
 
-    A padded row must be read backwards from its own end. Packed sequences do that, at half the speed on a CPU. Here
-    each direction is an LSTM of its own in one dense kernel (oneDNN, cuDNN), and the backward one sees each row
-    reversed within its length. That is exact, and batches of like lengths waste little.
+    A padded row must be read backwards from its own end. Packed sequences do that, at half the speed on a
+    CPU. Here each direction is an LSTM of its own in one dense kernel (oneDNN, cuDNN), and the backward one
+    sees each row reversed within its length. That is exact, and batches of like lengths waste little.
 
     Args:
         input_size: features of a token.

@@ -6,7 +6,6 @@ one of them runs twice: how far the two disagree is how far any figure here can 
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastseq.recipes.config import TrainConfig
 from fastseq.recipes.loading import EpochBatches
@@ -128,61 +129,68 @@ def take_turns(
             variant.timed_chunk(task, order[start : start + chunk], round_)
 
 
+def seconds(call: Callable[[], object], variant: Variant) -> float:
+    """How long a call takes on the variant's device."""
+    start = time.perf_counter()
+    call()
+    if variant.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def paired_share(with_part: Variant, without: Variant, batches: Sequence[Batch]) -> float:
     """The share of a step that a part takes: the median over batches, both variants on each, back to back."""
     shares = []
     for i, batch in enumerate(batches):
-        seconds = {}
-        for variant in (with_part, without) if i % 2 else (without, with_part):
-            start = time.perf_counter()
-            variant.step(batch)
-            seconds[variant.name] = time.perf_counter() - start
-        shares.append(1 - seconds[without.name] / seconds[with_part.name])
+        pair = (with_part, without) if i % 2 else (without, with_part)
+        taken = {variant.name: seconds(partial(variant.step, batch), variant) for variant in pair}
+        shares.append(1 - taken[without.name] / taken[with_part.name])
     return statistics.median(shares)
 
 
-class _OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    count = 0
+class _Watch(TorchDispatchMode):
+    """Counts operator calls, and the most bytes of tensors made under it that lived at once (to 1 %)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops = self.peak = self._level = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
+        self.ops += 1
+        result = func(*args, **(kwargs or {}))
+        known = {id(value) for value in tree_leaves((args, kwargs))}
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and id(value) not in known and value._base is None:
+                self._add(value)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        reference = StorageWeakRef(storage)
+        if reference.cdata in self._live:
+            return
+        self._live[reference.cdata] = (reference, storage.nbytes())
+        self._level += storage.nbytes()
+        if self._level > 1.01 * self.peak:  # only then is it worth asking which of them are gone
+            self._live = {key: item for key, item in self._live.items() if not item[0].expired()}
+            self._level = sum(size for _, size in self._live.values())
+            self.peak = max(self.peak, self._level)
 
 
-def count_ops(variant: Variant, batch: Batch) -> int:
-    """Operator calls of one forward and backward pass."""
-    with _OpCounter() as counter:  # type: ignore[no-untyped-call]
-        variant.forward_backward(batch)
-    variant.optimizer.zero_grad(set_to_none=True)
-    return int(counter.count)
+def cost(variant: Variant, batches: Sequence[Batch]) -> dict[str, float]:
+    """What the forward and backward passes take on these batches, besides time.
 
-
-def peak_memory(variant: Variant, batches: Sequence[Batch]) -> int:
-    """The most bytes that a step holds at once besides weights and optimizer state, over the batches."""
-    peak = 0
+    Returns:
+        "ops", operator calls a step on average, and "peak_bytes", the most that its own tensors hold at once.
+    """
+    ops = peak = 0
     for batch in batches:
-        if variant.device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            variant.step(batch)
-            peak = max(peak, torch.cuda.max_memory_allocated() - before)
-        else:
-            peak = max(peak, _peak_on_cpu(partial(variant.step, batch)))
-    return peak
-
-
-def _peak_on_cpu(call: Callable[[], object]) -> int:
-    """The high-water mark of what a call allocates, from the profiler's record of torch's CPU allocator."""
-    gc.collect()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    level = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak
+        with _Watch() as watch:
+            variant.forward_backward(batch)
+        variant.optimizer.zero_grad(set_to_none=True)
+        ops, peak = ops + watch.ops, max(peak, watch.peak)
+    return {"ops": round(ops / len(batches)), "peak_bytes": peak}
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:

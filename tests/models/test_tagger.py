@@ -74,7 +74,10 @@ def test_the_softmax_decoder_is_a_crf_without_transitions() -> None:
     softmax = SoftmaxDecoder()
     for reduction in ("sum", "mean"):
         torch.testing.assert_close(
-            softmax(emissions, tags, mask, reduction), crf(emissions, tags, mask, reduction), rtol=1e-5, atol=1e-5
+            softmax(emissions, tags, mask, reduction),
+            crf(emissions, tags, mask, reduction),
+            rtol=1e-5,
+            atol=1e-5,
         )
     assert torch.equal(softmax.viterbi(emissions, mask)[0], crf.viterbi(emissions, mask)[0])
 

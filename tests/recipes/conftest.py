@@ -8,7 +8,7 @@ import pytest
 import torch
 
 NAMES = {"PER": ["Ada", "Alan", "Grace"], "LOC": ["Paris", "Rome", "Oslo", "New York"]}
-FILLERS = "the a sees in near old small was with and went to".split()
+FILLERS = ["the", "a", "sees", "in", "near", "old", "small", "was", "with", "and", "went", "to"]
 
 
 def sentence(rng: random.Random) -> list[tuple[str, str]]:
@@ -57,7 +57,7 @@ def tiny_settings(conll: dict[str, Path], run_dir: Path) -> list[str]:
     ]
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny(conll: dict[str, Path], tmp_path: Path) -> list[str]:
     """`tiny_settings` in a folder of the test's own."""
     return tiny_settings(conll, tmp_path / "run")

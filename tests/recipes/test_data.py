@@ -22,7 +22,7 @@ CORPUS = """江/nr  泽民/nr  在/p  北京/ns  。/w  好/a  ！/w  邓/nr  �
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.txt"
     path.write_text(CORPUS, "utf-8")
@@ -41,7 +41,7 @@ def test_conll_columns(tmp_path: Path) -> None:
         data.read_conll(path)
     with pytest.raises(DataError, match="no such file"):
         data.read_conll(tmp_path / "b.txt")
-    with pytest.raises(DataError, match="data.dev"):
+    with pytest.raises(DataError, match=r"data\.dev"):
         data.read("conll", [path, None, path], 0, -1)
 
 
@@ -139,7 +139,7 @@ def test_a_gold_tag_that_training_has_not_seen_counts_as_an_error() -> None:
     assert Evaluate(["O", "B-X"], "BIO")(Always(), [batch])["recall"] == 0
 
 
-@pytest.fixture()
+@pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A data set in a source distribution of its own, which "pip" finds in a folder; counts the downloads."""
     content, archive = b"text", tmp_path / "toy-1.0.tar.gz"

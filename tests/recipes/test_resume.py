@@ -28,7 +28,7 @@ def settings(overrides: list[str]) -> Any:
 
 
 def start(overrides: list[str], die_at_rename: int = 0) -> Any:
-    """Trains in a process of its own, which can be killed; it kills itself before its n-th rename, if asked to."""
+    """Trains in a process of its own; it kills itself before its n-th rename, if asked to."""
     values = {"overrides": overrides, "die_at_rename": die_at_rename}
     process = CONTEXT.Process(target=runpy.run_path, args=(str(CHILD), values))
     process.start()
@@ -50,14 +50,19 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Everything that the runs left: last weights, optimizer, generators, best weights, test metrics, dev scores."""
+    """All that the runs left: last weights, optimizer, generators, best weights, test metrics, dev scores."""
     last = [checkpoint.load(folder / "last.pt") for folder in (a, b)]
     assert_same(*last)
     best = [checkpoint.load(folder / "best.pt") for folder in (a, b)]
     assert_same(best[0]["model"], best[1]["model"])
     assert (a / "test.json").read_text() == (b / "test.json").read_text()
-    logs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (a, b)]
-    assert [(line["step"], line["dev"]) for line in logs[0]] == [(line["step"], line["dev"]) for line in logs[1]]
+    logs = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (a, b)
+    ]
+    assert [(line["step"], line["dev"]) for line in logs[0]] == [
+        (line["step"], line["dev"]) for line in logs[1]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,9 @@ def test_killed_at_random_moments(tiny: list[str], tmp_path: Path, reference: tu
     assert_same_run(folder, tmp_path / "run")
 
 
-def test_killed_at_every_kind_of_rename(tiny: list[str], tmp_path: Path, reference: tuple[Path, float]) -> None:
+def test_killed_at_every_kind_of_rename(
+    tiny: list[str], tmp_path: Path, reference: tuple[Path, float]
+) -> None:
     for rename in (1, 3, 4, 5, 2):  # of the config, of last to previous, of last, of best
         process = start(tiny, die_at_rename=rename)
         process.join()

@@ -123,12 +123,18 @@ def _nll_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _nll_grad_backward(ctx: Any, grad_total: Tensor | None, *grad_grads: Tensor | None) -> tuple[Any, ...]:
     """Of the total: the gradients at hand, times grad_total. Of the gradients: the double backward, by `eager`."""
     *inputs, grad_x, grad_a, grad_s, grad_e = ctx.saved_tensors
-    if torch.is_grad_enabled() or any(g is not None for g in grad_grads) or ctx.needs_input_grad[6]:
+    weights = inputs[6]
+    if any(g is not None for g in grad_grads):
         return *eager.double_backward(inputs, ctx.scale, grad_total, grad_grads), None
     if grad_total is None:
         return (None,) * 8
-    x, a, s, e = torch._foreach_mul((grad_x, grad_a, grad_s, grad_e), grad_total)
-    return x, None, None, a, s, e, None, None
+    if torch.is_grad_enabled():  # create_graph: what is at hand has no graph, so have it computed by an op that does
+        scaled = grad_total.expand(grad_x.shape[0]) if weights is None else weights * grad_total
+        _, x, a, s, e = nll_grad(*inputs[:6], scaled, ctx.scale)
+    else:
+        x, a, s, e = torch._foreach_mul((grad_x, grad_a, grad_s, grad_e), grad_total)
+    grad_weights = grad_total * ctx.scale * nll(*inputs[:6]) if ctx.needs_input_grad[6] else None
+    return x, None, None, a, s, e, grad_weights, None
 
 
 nll_grad.autograd(setup=_nll_grad_setup, backward=_nll_grad_backward)
@@ -179,6 +185,7 @@ viterbi = Op(
     samples=samples.models,
 )
 viterbi.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+viterbi.no_derivative()
 
 nbest = Op(
     f"crf_nbest({_MODEL}, int n) -> (Tensor, Tensor)",
@@ -191,6 +198,7 @@ nbest = Op(
     samples=samples.models_and_n,
 )
 nbest.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+nbest.no_derivative()
 
 sample = Op(
     f"crf_sample(Tensor uniforms, {_MODEL}) -> Tensor",
@@ -200,3 +208,4 @@ sample = Op(
     samples=samples.uniforms_and_models,
 )
 sample.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+sample.no_derivative()

@@ -1,7 +1,8 @@
 """The CRF ops in plain torch, on any device: nll and nll_grad here, the others in `log_domain` and `search`.
 
-nll runs in the scaled domain (`scaled`), which also says for which rows it is right; the others, few or none, are done
-again in the exact log domain. Expected counts come from these two; the observed counts of `tags` are added to both.
+nll runs in the scaled domain (`scaled`), which also says for which rows it is right; the others, few or none,
+are done again in the exact log domain. Expected counts come from these two; observed counts are taken off
+both.
 """
 
 from __future__ import annotations
@@ -65,14 +66,18 @@ def nll_grad(
     rows, counts, pairs = _nll_and_counts(
         packing, emissions, tags, mask, (transitions, start, end), weights * scale
     )
-    assert counts is not None and pairs is not None
     total = (rows * weights).masked_fill_(weights * scale == 0, 0).sum().mul_(scale).to(start.dtype)
     firsts = counts.index_select(0, packing.index[: packing.alive]).sum(0)
     lasts = counts.index_select(0, packing.index.index_select(0, packing.last)).sum(0)
-    gradient = counts.view(emissions.shape)
-    if emissions.dtype != gradient.dtype or not emissions.is_contiguous():
-        gradient = torch.empty_like(emissions).copy_(gradient)
-    return total, gradient, pairs, firsts, lasts
+    x, a = _laid_out(counts.view(emissions.shape), emissions), _laid_out(pairs, transitions)
+    return total, x, a, firsts, lasts
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient with the dtype and strides of `torch.empty_like(like)`."""
+    if gradient.dtype == like.dtype and like.is_contiguous():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 Model = tuple[Tensor, Tensor, Tensor]
@@ -85,18 +90,20 @@ def _nll_and_counts(
     mask: Tensor | None,
     model: Model,
     weights: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """nll (B,) in float64; with weights (B,), the expected less the observed counts: (B*T,K) of tags, (K,K) of pairs."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values (B,) in float64; with weights (B,), the expected less the observed counts, (B*T,K) and (K,K)."""
     transitions, start, _ = model
     batch, steps, k = emissions.shape
-    counts, pairs = start.new_zeros(batch * steps, k), torch.zeros_like(transitions)
+    counts = start.new_zeros(0 if weights is None else batch * steps, k)
+    pairs = torch.zeros_like(transitions, memory_format=torch.contiguous_format)
     if not packing.sizes:
         return start.new_zeros(batch, dtype=torch.float64), counts, pairs
     x = packing.gather(emissions).to(start.dtype)
-    f = scaled.forward(packing, x, *model)
-    if weights is not None:
-        packed, pairs = scaled.backward(packing, f, weights)
-        counts.index_copy_(0, packing.index, packed)
+    with torch.autocast(x.device.type, enabled=False):  # which would multiply matrices in bfloat16
+        f = scaled.forward(packing, x, *model)
+        if weights is not None:
+            packed, pairs = scaled.backward(packing, f, weights)
+            counts.index_copy_(0, packing.index, packed)
     if f.wrong is not None:
         _do_again(f, emissions, mask, model, weights, counts, pairs)
     if tags is None:
@@ -116,7 +123,7 @@ def _do_again(
     counts: Tensor,
     pairs: Tensor,
 ) -> None:
-    """Put log Z and expected counts of the wrong rows right, in the log domain; rows of weight 0 are nobody's business."""
+    """Put right log Z and the expected counts of the wrong rows; a row of weight 0 needs no counts."""
     assert f.wrong is not None
     _, steps, k = emissions.shape
     exact_model = [p.double() for p in model]
@@ -130,7 +137,7 @@ def _do_again(
             f.log_z[rows] = log_domain.log_partition(packing, x, *exact_model)
         else:
             f.log_z[rows], exact, exact_pairs = log_domain.expectations(
-                packing, x, *exact_model, weights[rows].double()
+                packing, x, *exact_model, weights=weights[rows].double()
             )
             counts[rows[packing.index // steps] * steps + packing.index % steps] = exact.to(counts.dtype)
             pairs += exact_pairs
@@ -145,7 +152,7 @@ def _observe(
     counts: Tensor,
     pairs: Tensor,
 ) -> Tensor:
-    """The scores (B,) of the tags, in float64; with weights, their counts are taken from `counts` and `pairs`."""
+    """The scores (B,) of the tags, in float64; with weights, their counts are taken off `counts`, `pairs`."""
     transitions, start, end = model
     k, alive = len(start), packing.alive
     tag = gather_tags(packing, tags, k)

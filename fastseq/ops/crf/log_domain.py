@@ -1,7 +1,7 @@
 """The CRF sums in the float64 log domain: right on every input, differentiable any number of times, not fast.
 
-Serves the rows that the scaled domain cannot prove right, double backward, and the ops without a fast form. A step's
-(B,K,K) sums are temporaries; what is kept for a backward pass is O(B T K).
+Serves the rows that the scaled domain cannot prove right, double backward, and the ops without a fast form.
+The (B,K,K) sums of a step are temporaries; what is kept for a backward pass is O(B T K).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def pull_back(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of <grad, differentiable(*inputs)>, one an input, None for those that have none.
 
-    The function is run again here, so nothing of it was kept. In grad mode the result can itself be differentiated;
-    otherwise inputs are cut off from their history first, and the graph is gone when this returns.
+    The function is run again here, so nothing of it was kept. In grad mode the result can itself be
+    differentiated; otherwise inputs are cut off from their history first, and the graph is gone when this
+    returns.
     """
     again = torch.is_grad_enabled()
     floats = [i for i, t in enumerate(inputs) if t is not None and t.is_floating_point()]
@@ -34,7 +35,10 @@ def pull_back(
     for i in floats:
         tensor = leaves[i]
         assert tensor is not None
-        leaves[i] = tensor if again and tensor.requires_grad else tensor.detach().requires_grad_()
+        # A view: an input may depend on another input, and that path is the caller's, not ours.
+        leaves[i] = (
+            tensor.view_as(tensor) if again and tensor.requires_grad else tensor.detach().requires_grad_()
+        )
     with torch.enable_grad():
         output = differentiable(*leaves)
         wanted = [leaf for i in floats if (leaf := leaves[i]) is not None]
@@ -60,7 +64,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _recomputed(function: Function, *inputs: Tensor) -> Tensor:
-    return _Recomputed.apply(function, *inputs)  # type: ignore[no-untyped-call, no-any-return]
+    return _Recomputed.apply(function, *inputs)  # type: ignore[no-any-return]
 
 
 def safe_lse(values: Tensor, dim: int) -> Tensor:
@@ -108,7 +112,7 @@ def log_partition(packing: Packing, x: Tensor, transitions: Tensor, start: Tenso
 def expectations(
     packing: Packing, x: Tensor, transitions: Tensor, start: Tensor, end: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-partition (B,), and the expected counts of tags (N,K) and of transitions (K,K), times each row's weight.
+    """Log-partition (B,), and expected counts of tags (N,K) and transitions (K,K), times each row's weight.
 
     Every posterior is normalised by its own sum, so that no rounding grows with T.
     """
@@ -145,7 +149,7 @@ def _edge_scores(packing: Packing, tag: Tensor, transitions: Tensor, start: Tens
 def token_nll(
     emissions: Tensor, tags: Tensor, mask: Tensor | None, transitions: Tensor, start: Tensor, end: Tensor
 ) -> Tensor:
-    """-log p(y_t | y_<t, x) of each position, (B,T); see `fastseq.ops.crf`, and the reference for the impossible."""
+    """-log p(y_t | y_<t, x), (B,T); see `fastseq.ops.crf`, the reference for impossible paths."""
     packing, x, (a, s, e) = _prepared(emissions, tags, mask, transitions, start, end)
     if not packing.sizes:
         return packing.scatter(x.sum(1)).to(start.dtype)
@@ -185,7 +189,7 @@ def entropy(
 
 
 def _mix(state: Tensor, matrix: Tensor) -> Tensor:
-    """(2,B,K), (K,J) -> (2,B,J): a step of (log weight, entropy), by H(i, rest) = H(i) + sum_i p_i H(rest | i)."""
+    """(2,B,K), (K,J) -> (2,B,J): a step of (log weight, entropy): H(i, rest) = H(i) + E H(rest | i)."""
     values = state[0][:, :, None] + matrix
     norm = safe_lse(values, 1)
     log_p = values - norm.masked_fill(norm == -math.inf, 0)[:, None, :]
@@ -199,13 +203,14 @@ def double_backward(
     grad_total: Tensor | None,
     grad_grads: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of grad_total * total + sum <grad_grads, grads>, where (total, *grads) = nll_grad(*inputs, scale).
+    """The gradients of grad_total * total + sum <grad_grads, grads>, of nll_grad(*inputs, scale).
 
-    One for each of the seven inputs (emissions, tags, mask, transitions, start, end, weights), None for tags and mask.
+    One for each of the seven inputs (emissions, tags, mask, transitions, start, end, weights), None for tags
+    and mask.
     """
 
     def objective(*leaves: Any) -> Tensor:
-        total = _total(*leaves, scale)
+        total = _total(*leaves, scale=scale)
         value = total.new_zeros(()) if grad_total is None else grad_total * total
         if any(g is not None for g in grad_grads):
             wanted = (leaves[0], *leaves[3:6])

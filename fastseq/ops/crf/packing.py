@@ -1,7 +1,8 @@
-"""The positions that are on, packed time-major: what the eager backend's loops run over, instead of masked steps.
+"""The positions that are on, packed time-major: what the eager backend loops over, instead of masked steps.
 
-Rows are sorted by length, longest first, and moved to the left; step t is then the first `sizes[t]` rows, and all steps
-lie one after another in tensors of N = sum of lengths rows. Any mask, no `torch.where` in a loop, no work on padding.
+Rows are sorted by length, longest first, and moved to the left; step t is then the first `sizes[t]` rows, and
+all steps lie one after another in tensors of N = sum of lengths rows. Any mask, no `torch.where` in a loop,
+no work on padding.
 
     row lengths 3, 2, 1:   step 0 | step 1 | step 2         sizes 3, 2, 1       N = 6
                     row    0 1 2  | 0 1    | 0
@@ -94,7 +95,7 @@ class Packing:
     def scatter(self, packed: Tensor) -> Tensor:
         """(N,...) -> (B,T,...), 0 where off."""
         flat = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
-        return flat.index_copy(0, self.index, packed).unflatten(0, self.shape)
+        return flat.index_copy(0, self.index, packed).view(*self.shape, *packed.shape[1:])
 
     def sum(self, packed: Tensor) -> Tensor:
         """(N,) -> (B,): the sum over each row of the batch."""
@@ -102,7 +103,8 @@ class Packing:
 
     def steps(self, packed: Tensor) -> Sequence[Tensor]:
         """The steps of a packed tensor, as views."""
-        return packed.split(self.sizes)
+        views: Sequence[Tensor] = packed.split(self.sizes)
+        return views
 
 
 def pack(shape: torch.Size | tuple[int, ...], mask: Tensor | None, device: torch.device) -> Packing:
@@ -124,7 +126,7 @@ def pack(shape: torch.Size | tuple[int, ...], mask: Tensor | None, device: torch
 
 
 def left_align(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,T) -> (B,T) the positions of each row, those that are on first and in their order; (B,) how many those are."""
+    """(B,T) -> (B,T) the positions of each row, those on first, in order; (B,) how many those are."""
     return (~mask).sort(dim=1, stable=True).indices, mask.sum(1)
 
 
@@ -142,7 +144,8 @@ def gather_tags(packing: Packing, tags: Tensor, tag_count: int) -> Tensor:
     """(B,T) -> (N,) int64.
 
     Raises:
-        ValueError: One is not in [0, tag_count); looked for on a CPU only, elsewhere that would be a host sync.
+        ValueError: One is not in [0, tag_count); looked for on a CPU only, elsewhere that would be a host
+        sync.
     """
     packed = packing.gather(tags).long()
     if tags.device.type == "cpu" and len(packed):

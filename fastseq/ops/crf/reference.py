@@ -1,11 +1,13 @@
-"""The definition, in plain loops: what every backend of the CRF ops is held to, and itself held to enumeration.
+"""The definition in plain loops: what every backend of the CRF ops is held to, itself held to enumeration.
 
-Python floats (float64) and lists, a row at a time, in the log domain. Slow, CPU only, and never chosen unless forced.
-A *row* below is the list of the emissions at its positions that are on; conventions are those of the package docstring.
+Python floats (float64) and lists, a row at a time, in the log domain. Slow, CPU only, and never chosen unless
+forced. A *row* below is the list of the emissions at its positions that are on; conventions are those of the
+package docstring.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -49,7 +51,7 @@ class _Model:
         return betas[::-1]
 
     def log_z(self, row: Row) -> float:
-        """The log-partition: 0 for an empty row, -inf where nothing is possible, NaN where a NaN or +inf is read."""
+        """0 for an empty row, -inf where nothing is possible, NaN where a NaN or +inf is read."""
         if not row:
             return 0.0
         if self.poisons(row):
@@ -61,10 +63,10 @@ class _Model:
         if not row:
             return 0.0
         score = self.start[path[0]] + self.end[path[-1]] + sum(x[y] for x, y in zip(row, path, strict=True))
-        return score + sum(self.a[i][j] for i, j in zip(path[:-1], path[1:], strict=True))
+        return score + sum(self.a[i][j] for i, j in itertools.pairwise(path))
 
     def nll(self, row: Row, path: list[int] | None) -> float:
-        """log Z - s(path), +inf where the row or the path is impossible; log Z itself without a path."""
+        """Get log Z - s(path), +inf where either is impossible; log Z itself without a path."""
         log_z = self.log_z(row)
         if path is None or log_z != log_z:
             return log_z
@@ -79,7 +81,7 @@ def nll(
     start: Tensor,
     end: Tensor,
 ) -> Tensor:
-    """log Z - s(tags) of each row, (B,); log Z itself where tags is None."""
+    """The value log Z - s(tags) of each row, (B,); log Z itself where tags is None."""
     model = _Model(transitions, start, end)
     values = [model.nll(row, path) for row, path, _ in _rows(emissions, tags, mask)]
     return torch.tensor(values, dtype=_result(emissions), device=emissions.device)
@@ -95,9 +97,10 @@ def nll_grad(
     weights: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """scale * sum_b weights_b nll_b, and its gradients: (), (B,T,K), (K,K), (K,), (K,).
+    """The sum scale * sum_b weights_b nll_b, and its gradients: (), (B,T,K), (K,K), (K,), (K,).
 
-    A gradient is, for each feature of a path, its expected count less its count in `tags`. A row of weight 0 is left out.
+    A gradient is, for each feature of a path, its expected count less its count in `tags`. A row of weight 0
+    is left out.
     """
     model = _Model(transitions, start, end)
     total = torch.zeros((), dtype=torch.float64)
@@ -209,9 +212,9 @@ def viterbi(
 ) -> tuple[Tensor, Tensor]:
     """The best path (B,T), -100 where off, and its score (B,).
 
-    Scores are rounded to the result's dtype after each addition, fl(fl(s_i + A_ij) + x_j), and the first maximum wins:
-    so paths are equal to pytorch-crf's to the last tie. Where nothing is possible the same rule gives a path, of score
-    -inf. The path of a row with NaN or +inf is any in range.
+    Scores are rounded to the result's dtype after each addition, fl(fl(s_i + A_ij) + x_j), and the first
+    maximum wins: so paths are equal to pytorch-crf's to the last tie. Where nothing is possible the same rule
+    gives a path, of score -inf. The path of a row with NaN or +inf is any in range.
     """
     paths = torch.full(emissions.shape[:2], OFF)
     scores = torch.zeros(emissions.shape[0], dtype=_result(emissions))
@@ -240,8 +243,9 @@ def nbest(
 ) -> tuple[Tensor, Tensor]:
     """The n best paths (B,n,T), best first, and their scores (B,n), rounded as `viterbi` does.
 
-    Among equal scores, at each position, the smaller previous tag goes first, then the better rank there. A path that
-    does not exist or is impossible has tags -100 and score -inf; an empty row has one path. Poisoned rows: tags -100.
+    Among equal scores, at each position, the smaller previous tag goes first, then the better rank there. A
+    path that does not exist or is impossible has tags -100 and score -inf; an empty row has one path.
+    Poisoned rows: tags -100.
     """
     batch, steps, _ = emissions.shape
     paths = torch.full((batch, n, steps), OFF)
@@ -283,8 +287,8 @@ def sample(
 ) -> Tensor:
     """Exact samples (n,B,T) by inverse CDF on uniforms (n,B,T), last tag first; -100 where off.
 
-    y_L is drawn from weights alpha_L(i) exp(end_i), then y_t from alpha_t(i) exp(A[i, y_{t+1}]): the smallest i whose
-    cumulative weight is above u * total. A row that is impossible or poisoned gives -100.
+    y_L is drawn from weights alpha_L(i) exp(end_i), then y_t from alpha_t(i) exp(A[i, y_{t+1}]): the smallest
+    i whose cumulative weight is above u * total. A row that is impossible or poisoned gives -100.
     """
     out = torch.full(uniforms.shape, OFF)
     model = _Model(transitions, start, end)
@@ -316,7 +320,7 @@ def _draw(logits: list[float], uniform: float) -> int:
 def _rows(
     emissions: Tensor, tags: Tensor | None, mask: Tensor | None
 ) -> list[tuple[Row, list[int] | None, list[int]]]:
-    """For each row: the emissions of its positions that are on, its tags there if there are tags, and the positions.
+    """For each row: its emissions where it is on, its tags there if there are tags, and those positions.
 
     Raises:
         ValueError: A tag at a position that is on is neither in [0, K) nor -100.
@@ -349,6 +353,6 @@ def _rounded(values: Tensor, emissions: Tensor) -> Any:
 
 
 def _lse(values: list[float]) -> float:
-    """log sum exp; -inf where every value is."""
+    """Sum in the log domain; -inf where every value is."""
     top = max(values)
     return top if top == -INF else top + math.log(sum(math.exp(v - top) for v in values))

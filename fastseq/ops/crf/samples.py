@@ -1,4 +1,4 @@
-"""Argument tuples for the contract tests of the CRF ops: ordinary, awkward and hostile, and small enough for loops.
+"""Argument tuples for the contract tests of the CRF ops: ordinary, awkward, hostile; small enough for loops.
 
 A generator is `(device, dtype, seed) -> iterator of argument tuples`; `dtype` is that of the emissions.
 """
@@ -76,7 +76,7 @@ def paths(device: torch.device | str, dtype: torch.dtype, seed: int) -> Iterator
 
 
 def weighted_paths(device: torch.device | str, dtype: torch.dtype, seed: int) -> Iterator[Arguments]:
-    """(emissions, tags or None, mask, transitions, start, end, weights or None, scale), weights of any sign and 0."""
+    """(emissions, tags or None, mask, transitions, start, end, weights or None, scale)."""
     make = _Maker(device, dtype, seed + 1)
     for number, arguments in enumerate(paths(device, dtype, seed)):
         yield *arguments, None, 1.0 if number % 2 else 0.25

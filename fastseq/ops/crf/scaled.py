@@ -1,7 +1,7 @@
 """Forward-backward in the scaled domain, in plain torch, and the proof of which rows it is right for.
 
-The mathematics is in the package docstring. A step forward is mm, mul, mm (a sum), div; a step backward is mul, mm; all
-into buffers made beforehand. Everything else is done once for all steps.
+The mathematics is in the package docstring. A step forward is mm, mul, mm (a sum), div; a step backward is
+mul, mm; all into buffers made beforehand. Everything else is done once for all steps.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def forward(packing: Packing, x: Tensor, transitions: Tensor, start: Tensor, end
 
 
 def _exp(values: Tensor, top: Tensor) -> tuple[Tensor, Tensor | None]:
-    """exp(values - top) without the factors below exp(-PRUNED), and the least gap left out of each last dimension."""
+    """exp(values - top) without factors below exp(-PRUNED), and the least gap left out of each row."""
     below = values - top
     if bool(below.amin() >= -PRUNED):
         return below.exp_(), None
@@ -110,10 +110,10 @@ def _loses_a_path(
 
 
 def backward(packing: Packing, f: Forward, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The expected counts of tags (N,K) and of transitions (K,K), times each row's weight (B,); 0 in rows not right.
+    """Expected counts of tags (N,K) and transitions (K,K), times each row's weight (B,); 0 in rows not right.
 
-    beta is scaled so that alpha . beta = 1. Rounding makes that drift with T, so each posterior is divided by its sum.
-    Tags that nothing reaches are left out: there beta has no bound. Uses up f.x and f.alpha.
+    beta is scaled so that alpha . beta = 1. Rounding makes that drift with T, so each posterior is divided by
+    its sum. Tags that nothing reaches are left out: there beta has no bound. Uses up f.x and f.alpha.
     """
     alpha, last = f.alpha, f.last
     x = f.x.div_(f.scale)

@@ -1,4 +1,4 @@
-"""Viterbi, n-best and sampling in plain torch: a loop over T, vectorised over everything else, without a host sync."""
+"""Viterbi, n-best (no host sync) and sampling, in plain torch: loops over T, vectorised over the rest."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def viterbi(
 ) -> tuple[Tensor, Tensor]:
     """The best path and its score; see `fastseq.ops.crf`.
 
-    Only scores are kept; the best previous tag is found again along the path: fl(max_i(s_i + A_ij) + x_j), which the loop
-    computes, is max_i fl(fl(s_i + A_ij) + x_j), which the rule for ties is about.
+    Only scores are kept; the best previous tag is found again along the path: fl(max_i(s_i + A_ij) + x_j),
+    which the loop computes, is max_i fl(fl(s_i + A_ij) + x_j), which the rule for ties is about.
     """
     x, places, lengths = _aligned(emissions, mask, start.dtype)
     steps, batch, k = x.shape
@@ -73,7 +73,7 @@ def _at(steps: Tensor, final: Tensor) -> Tensor:
 
 
 def _finished(path: Tensor, score: Tensor, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,...,T), (B,...): tags of -100 past the end, NaN scores where the emissions (T,B,K) have NaN or +inf."""
+    """(B,...,T), (B,...): tags of -100 past the end, NaN scores where emissions (T,B,K) have NaN or +inf."""
     batch, steps = len(lengths), path.shape[-1]
     ones = (1,) * (path.dim() - 2)
     on = torch.arange(steps, device=x.device) < lengths.view(batch, *ones, 1)
@@ -88,8 +88,9 @@ def nbest(
 ) -> tuple[Tensor, Tensor]:
     """The n best paths and their scores; see `fastseq.ops.crf`, and the reference for ties.
 
-    kept[t] is (B,K,n): for each tag, the scores of the n best prefixes that end in it, best first. A candidate is
-    numbered i*n + r, for the r-th best that ends in i, and the sort is stable: that is the rule for ties.
+    kept[t] is (B,K,n): for each tag, the scores of the n best prefixes that end in it, best first. A
+    candidate is numbered i*n + r, for the r-th best that ends in i, and the sort is stable: that is the rule
+    for ties.
     """
     x, places, lengths = _aligned(emissions, mask, start.dtype)
     steps, batch, k = x.shape
@@ -129,7 +130,7 @@ def _best(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def sample(
     uniforms: Tensor, emissions: Tensor, mask: Tensor | None, transitions: Tensor, start: Tensor, end: Tensor
 ) -> Tensor:
-    """Exact samples by inverse CDF, last tag first; see `fastseq.ops.crf`. In the float64 log domain, as the reference."""
+    """Exact samples by inverse CDF, last tag first, in the float64 log domain; see `fastseq.ops.crf`."""
     packing = pack(emissions.shape[:2], mask, emissions.device)
     out = torch.full(
         (len(uniforms), packing.row_lengths.numel() * emissions.shape[1]), OFF, device=emissions.device

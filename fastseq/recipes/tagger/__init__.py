@@ -1,7 +1,17 @@
 """The tagger recipe: a BiLSTM-CRF for entities, parts of speech, or any tag a token."""
 
-from fastseq.recipes.tagger.compare import compare
+from __future__ import annotations
+
+from typing import Any
+
 from fastseq.recipes.tagger.predict import predict
 from fastseq.recipes.tagger.recipe import Config, build
 
 __all__ = ["Config", "build", "compare", "predict"]
+
+
+def compare(config: Config, sentences: int) -> dict[str, Any]:
+    """See `comparison`; it is imported here, so that prediction does not wait for what it needs."""
+    from fastseq.recipes.tagger import comparison
+
+    return comparison.compare(config, sentences)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import platform
+import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from fastseq.models.tagger import SoftmaxDecoder, Tagger, mask_of
-from fastseq.recipes.compare import Variant, count_ops, paired_share, peak_memory, take_turns
+from fastseq.recipes.compare import Variant, cost, paired_share, seconds, take_turns
 from fastseq.recipes.config import TrainConfig
 from fastseq.recipes.loading import evaluation_batches
+from fastseq.recipes.tagger.plain import PlainTagger
 from fastseq.recipes.tagger.recipe import Config, build
-from fastseq.recipes.task import Task
+from fastseq.recipes.task import Batch, Task
 from fastseq.recipes.train import wants_bf16
 
 CHUNK = 1600
@@ -27,56 +30,6 @@ CHUNK = 1600
 
 ROUNDS = 3
 PAIRS = 60
-
-
-class PlainTagger(nn.Module):
-    """The same network as it is usually written: a padded bidirectional LSTM, a CRF with pytorch-crf's names.
-
-    Args:
-        like: gives the sizes and the first weights.
-        decoder: the output layer.
-    """
-
-    decoder: Any  # pytorch-crf's, or one with its names
-
-    def __init__(self, like: Tagger, decoder: nn.Module) -> None:
-        super().__init__()
-        self.embeddings = copy.deepcopy(like.embeddings)
-        self.dropout = nn.Dropout(like.dropout.p)
-        ahead = cast(nn.LSTM, like.lstm.ahead[0])
-        layers = len(like.lstm.ahead)
-        between = like.dropout.p if layers > 1 else 0.0
-        self.lstm = nn.LSTM(
-            ahead.input_size, ahead.hidden_size, layers, batch_first=True, bidirectional=True, dropout=between
-        )
-        for layer, directions in enumerate(zip(like.lstm.ahead, like.lstm.back, strict=True)):
-            for suffix, direction in zip(("", "_reverse"), directions, strict=True):
-                for name, value in direction.state_dict().items():
-                    self.lstm.state_dict()[name.replace("_l0", f"_l{layer}{suffix}")].copy_(value)
-        self.output = copy.deepcopy(like.output)
-        self.decoder = decoder
-
-    def emissions(self, tokens: Tensor) -> Tensor:
-        """(B,T,K) scores of (B,T,F) ids; the LSTM runs over the padding, as is usual."""
-        embedded = torch.cat(
-            [table(ids) for table, ids in zip(self.embeddings, tokens.unbind(-1), strict=True)], -1
-        )
-        scores: Tensor = self.output(self.dropout(self.lstm(self.dropout(embedded))[0]))
-        return scores
-
-    def forward(self, tokens: Tensor, lengths: Tensor, tags: Tensor) -> Tensor:
-        """The mean negative log-likelihood; arguments as of `Tagger`."""
-        mask = mask_of(lengths, tokens.shape[1])
-        emissions = self.emissions(tokens)
-        loss: Tensor = -self.decoder(emissions, tags.clamp(min=0), mask=mask, reduction="mean")
-        return loss
-
-    @torch.no_grad()
-    def predict(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """(B,T) best tags; what stands at padding is not read."""
-        paths = self.decoder.decode(self.emissions(tokens), mask=mask_of(lengths, tokens.shape[1]))
-        rows = [torch.tensor(path) for path in paths]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
 class Comparison:
@@ -90,10 +43,12 @@ class Comparison:
 
     def __init__(self, config: Config, task: Task, sentences: int) -> None:
         self.config, self.task = config, task
-        self.first = cast(Tagger, task.model)
+        gpu = config.train.device == "auto" and torch.cuda.is_available()
+        self.first = cast(Tagger, task.model).to("cuda" if gpu else "cpu")
         self.sentences = min(sentences, config.train.epochs * len(task.train))
         self.steps = -(-self.sentences // config.train.batch_size)
         self.bf16 = wants_bf16(config.train)
+        self.device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
 
     def plain(self, name: str, decoder: str = "torchcrf", **changes: Any) -> Variant:
         """The usual code, with one of the decoders."""
@@ -105,6 +60,7 @@ class Comparison:
             layer.load_state_dict(ours.state_dict())
         else:
             layer = copy.deepcopy(ours) if decoder == "fastseq" else SoftmaxDecoder()
+        layer.to(self.first.output.weight.device)
         return self._variant(name, PlainTagger(self.first, layer), buckets=False, fused=False, **changes)
 
     def fast(
@@ -125,9 +81,9 @@ class Comparison:
     def levers(self) -> list[dict[str, Any]]:
         """Switches the levers on one at a time and times them in turns; the plain version runs twice."""
         variants = [
-            self.plain("plain: pytorch-crf, padded, fp32, Adam"),
-            self.plain("the same again (control)"),
-            self.plain("+ fused CRF (the import line)", "fastseq"),
+            self.plain("plain"),
+            self.plain("plain again (control)"),
+            self.plain("+ fused CRF", "fastseq"),
             self.fast("+ length buckets"),
             self.fast("+ bf16 LSTM", bf16=True),
             self.fast("+ fused optimizer", bf16=True, fused=True),
@@ -147,14 +103,18 @@ class Comparison:
                     "step_ms": variant.step_ms,
                     "speedup": variant.rate / variants[0].rate,
                     "gain": variant.rate / before.rate,
-                    "ops": count_ops(variant, batches[0]),
-                    "peak_bytes": peak_memory(variant, batches),
+                    **cost(variant, batches),
                 }
             )
         return rows
 
-    def crf_share(self, bf16: bool, fused: bool) -> dict[str, float]:
-        """The CRF's share of a step, plain and fast: each step with it and with a softmax in its place."""
+    def crf_share(self, bf16: bool, fused: bool) -> dict[str, dict[str, float]]:
+        """The CRF's share of a step, plain and fast, measured in two ways.
+
+        Returns:
+            "paired": what a step takes less with a softmax instead, by pairs of steps on the same batches.
+            "alone": the time of the CRF's loss and gradients alone, against that of the step.
+        """
         order = self._order(PAIRS * self.config.train.batch_size)
         pairs = {
             "plain": (self.plain("with"), self.plain("without", "softmax"), PAIRS // 4),
@@ -164,10 +124,12 @@ class Comparison:
                 PAIRS,
             ),
         }
-        return {
-            name: paired_share(one, other, list(one.batches(self.task, order, 0))[:count])
-            for name, (one, other, count) in pairs.items()
-        }
+        shares = {}
+        for name, (one, other, count) in pairs.items():
+            batches = list(one.batches(self.task, order, 0))[:count]
+            alone = [_crf_seconds(one, b) / seconds(partial(one.step, b), one) for b in batches]
+            shares[name] = {"paired": paired_share(one, other, batches), "alone": statistics.median(alone)}
+        return shares
 
     def quality(self, bf16: bool, fused: bool) -> list[dict[str, Any]]:
         """Trains both versions on the whole budget, in turns, and scores them."""
@@ -202,6 +164,17 @@ class Comparison:
         return cast(list[int], order[:count].tolist())
 
 
+def _crf_seconds(variant: Variant, batch: Batch) -> float:
+    """The time of the decoder's loss and gradients on the emissions of a batch."""
+    batch = {name: value.to(variant.device) for name, value in batch.items()}
+    model = cast(Tagger, variant.model)
+    with torch.no_grad():
+        emissions = model(**{**batch, "tags": None})
+    emissions = emissions.detach().requires_grad_()
+    tags, mask = batch["tags"].clamp(min=0), mask_of(batch["lengths"], emissions.shape[1])
+    return seconds(lambda: model.decoder(emissions, tags, mask=mask, reduction="mean").backward(), variant)
+
+
 def compare(config: Config, sentences: int) -> dict[str, Any]:
     """Measures the levers, the CRF's share and the quality of both versions; prints and returns the figures.
 
@@ -225,7 +198,7 @@ def compare(config: Config, sentences: int) -> dict[str, Any]:
     console.print(f"training both versions on {run.sentences} sentences ...")
     quality = run.quality(bf16, fused)
     figures = {
-        "title": f"fastseq compare tagger: {config.data.name}, {torch.get_num_threads()} CPU threads",
+        "title": f"fastseq compare tagger: {config.data.name}, {run.device}",
         "levers": levers,
         "control_disagreement": abs(levers[1]["examples_per_s"] / levers[0]["examples_per_s"] - 1),
         "crf_share_of_step": share,
@@ -242,12 +215,18 @@ def compare(config: Config, sentences: int) -> dict[str, Any]:
 def show(figures: dict[str, Any], console: Console) -> None:
     """Prints the figures as tables."""
     console.print(_levers_table(figures["title"], figures["levers"]))
+    console.print(
+        "Plain is pytorch-crf, random batches padded to the longest, fp32 and torch's Adam; levers add up."
+    )
     share, kept = figures["crf_share_of_step"], figures["kept"]
     console.print(
         f"The two plain runs disagree by {100 * figures['control_disagreement']:.1f} %: "
         "trust no figure further than that.\n"
-        f"The CRF's share of a step, with it against a softmax in its place, by pairs of steps: "
-        f"plain {100 * share['plain']:.1f} %, fastseq {100 * share['fastseq']:.1f} %."
+        "The CRF's share of a step, by its own time (and by steps with it and with a softmax instead): "
+        + ", ".join(
+            f"{name} {100 * both['alone']:.1f} % ({100 * both['paired']:.1f} %)"
+            for name, both in share.items()
+        )
     )
     dropped = [name.replace("_", " ") for name, on in kept.items() if not on]
     if dropped:
@@ -264,9 +243,9 @@ def show(figures: dict[str, Any], console: Console) -> None:
 
 def _levers_table(title: str, levers: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=title)
-    table.add_column("one lever at a time")
-    for name in ("sentences/s", "step ms", "this lever", "in all", "ops a step", "peak MB"):
-        table.add_column(name, justify="right")
+    table.add_column("one lever at a time", no_wrap=True)
+    for name in ("sentences/s", "ms/step", "gain", "in all", "ops/step", "peak MB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for i, lever in enumerate(levers):
         table.add_row(
             lever["name"],
@@ -283,7 +262,7 @@ def _levers_table(title: str, levers: Sequence[dict[str, Any]]) -> Table:
 def _quality_table(rows: Sequence[dict[str, Any]]) -> Table:
     score = next(iter(rows[0]["dev"]))
     table = Table(title=f"the same {rows[0]['examples']} training sentences, the same first weights")
-    names = ("", "train s", "sentences/s", "step ms", f"dev {score}", f"test {score}", "scoring dev + test s")
+    names = ("", "train s", "sentences/s", "ms/step", f"dev {score}", f"test {score}", "scoring s")
     for i, name in enumerate(names):
         table.add_column(name, justify="right" if i else "left")
     for row in rows:

@@ -1,0 +1,63 @@
+"""The rival of ``fastseq compare tagger``: the BiLSTM-CRF as it is usually written."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastseq.models.tagger import Tagger, mask_of
+
+
+class PlainTagger(nn.Module):
+    """The same network as it is usually written: a padded bidirectional LSTM, a CRF with pytorch-crf's names.
+
+    Args:
+        like: gives the sizes and the first weights.
+        decoder: the output layer.
+    """
+
+    decoder: Any  # pytorch-crf's, or one with its names
+
+    def __init__(self, like: Tagger, decoder: nn.Module) -> None:
+        super().__init__()
+        self.embeddings = copy.deepcopy(like.embeddings)
+        self.dropout = nn.Dropout(like.dropout.p)
+        ahead = cast(nn.LSTM, like.lstm.ahead[0])
+        layers = len(like.lstm.ahead)
+        between = like.dropout.p if layers > 1 else 0.0
+        self.lstm = nn.LSTM(
+            ahead.input_size, ahead.hidden_size, layers, batch_first=True, bidirectional=True, dropout=between
+        )
+        for layer, directions in enumerate(zip(like.lstm.ahead, like.lstm.back, strict=True)):
+            for suffix, direction in zip(("", "_reverse"), directions, strict=True):
+                for name, value in direction.state_dict().items():
+                    self.lstm.state_dict()[name.replace("_l0", f"_l{layer}{suffix}")].copy_(value)
+        self.output = copy.deepcopy(like.output)
+        self.decoder = decoder
+
+    def emissions(self, tokens: Tensor) -> Tensor:
+        """(B,T,K) scores of (B,T,F) ids; the LSTM runs over the padding, as is usual."""
+        embedded = torch.cat(
+            [table(ids) for table, ids in zip(self.embeddings, tokens.unbind(-1), strict=True)], -1
+        )
+        scores: Tensor = self.output(self.dropout(self.lstm(self.dropout(embedded))[0]))
+        return scores
+
+    def forward(self, tokens: Tensor, lengths: Tensor, tags: Tensor | None) -> Tensor:
+        """The mean negative log-likelihood, or the emissions; arguments as of `Tagger`."""
+        mask = mask_of(lengths, tokens.shape[1])
+        emissions = self.emissions(tokens)
+        if tags is None:
+            return emissions
+        loss: Tensor = -self.decoder(emissions, tags.clamp(min=0), mask=mask, reduction="mean")
+        return loss
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(B,T) best tags; what stands at padding is not read."""
+        paths = self.decoder.decode(self.emissions(tokens), mask=mask_of(lengths, tokens.shape[1]))
+        rows = [torch.tensor(path) for path in paths]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
