@@ -12,8 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastseq import functional, nn, ops
-from fastseq.registry import explain, use
+try:
+    from fastseq import functional, nn, ops
+    from fastseq.registry import explain, use
+except Exception as error:  # torch or numpy is broken: `fastseq info` must still run, and say so
+    _broken: Exception | None = error
+else:
+    _broken = None
 
 __version__ = "0.1.0.dev0"
 __all__ = ["explain", "functional", "info", "nn", "ops", "patch", "unpatch", "use"]
@@ -30,6 +35,8 @@ def __getattr__(name: str) -> Any:
     """Import what needs more than torch and numpy, or is not on the training path, at its first use."""
     import importlib
 
+    if _broken is not None and name in __all__:
+        raise ImportError(f"fastseq cannot be used here: {_broken}") from _broken
     if name in {"patch", "unpatch"}:
         return getattr(importlib.import_module("fastseq.integrations"), name)
     if name in {"host", "integrations", "models", "recipes", "testing"}:

@@ -108,7 +108,7 @@ def compare(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of changed settings.")] = None,
-    sentences: Annotated[int, typer.Option(help="Training examples that each version sees.")] = 32000,
+    sentences: Annotated[int, typer.Option(help="Training examples that each version sees.")] = 16000,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them here (PNG or SVG).")] = None,
 ) -> None:

@@ -91,7 +91,8 @@ class Op:
             Backend("eager", eager, lambda *_: None),
             Backend("reference", reference, needs(device="cpu"), automatic=False),
         ]
-        self._direct: type[torch.autograd.Function] | None = None
+        self._function: Any = None  # the op as an autograd.Function, where it has a derivative
+        self._direct: Callable[..., Any] | None = None  # its apply
         LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIB.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=LIB)
@@ -105,9 +106,10 @@ class Op:
         def run(*args: Any) -> Any:
             return getattr(getattr(torch.ops, f"{NAMESPACE}_{device}"), self.name).default(*args)
 
-        if library.why_not(device) is None:  # resolve once: an attribute look-up a call is 2 us
+        missing = library.why_not(device)
+        if missing is None:  # resolve once: an attribute look-up a call is 2 us
             run = getattr(getattr(torch.ops, f"{NAMESPACE}_{device}"), self.name).default
-        self._insert(Backend(device, _value_errors(run), why_not, lambda: library.why_not(device)))
+        self._insert(Backend(device, _value_errors(run), why_not, lambda: missing))
 
     def lazy(self, name: str, target: str, why_not: WhyNot, available: Callable[[], str | None]) -> None:
         """Add a backend that is imported at its first call; `target` is "package.module:function"."""
@@ -128,7 +130,9 @@ class Op:
         torch.library.register_autograd(f"{NAMESPACE}::{self.name}", backward, setup_context=setup, lib=LIB)
         members = {"forward": self.run, "setup_context": setup, "backward": backward, "vmap": self._vmap}
         static = {name: staticmethod(member) for name, member in members.items()}
-        self._direct = type(f"Fastseq_{self.name}", (torch.autograd.Function,), static)
+        self._function = type(f"Fastseq_{self.name}", (torch.autograd.Function,), static)
+        # What Function.apply comes down to outside functorch, less the inspection of the signature (60 us).
+        self._direct = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
 
     def no_derivative(self) -> None:
         """Say that the op's outputs never require a gradient, as those of a search or of a sampler do not."""
@@ -137,9 +141,11 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _is_plain(args):
             return self.torch_op(*args)
-        if self._direct is not None and (torch.is_grad_enabled() or _in_functorch()):
-            return self._direct.apply(*args)  # type: ignore[no-untyped-call]
-        return self.torch_op(*args) if _in_functorch() else self.run(*args)
+        if torch._C._are_functorch_transforms_active():
+            return self._function.apply(*args) if self._function is not None else self.torch_op(*args)
+        if self._direct is not None and torch.is_grad_enabled():
+            return self._direct(*args)
+        return self.run(*args)
 
     def run(self, *args: Any) -> Any:
         """What PyTorch calls below the op boundary: the dispatch, in one line."""
@@ -179,11 +185,6 @@ def _is_plain(args: Sequence[Any]) -> bool:
     return all(type(a) in _PLAIN_TYPES for a in args)
 
 
-def _in_functorch() -> bool:
-    """Whether a functorch transform (torch.func.grad, vmap, ...) is being run."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), int, float, bool}
 
 
@@ -208,10 +209,10 @@ def needs(
     dtype: Sequence[torch.dtype] | None = None,
     limits: Callable[..., str | None] | None = None,
 ) -> WhyNot:
-    """Build the usual `why_not`: on the device and dtype of the op's first floating-point tensor, plus `limits`."""
+    """Build the usual `why_not`: on the device and dtype of the op's first argument, a tensor, plus `limits`."""
 
     def why_not(*args: Any) -> str | None:
-        lead = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+        lead = args[0]
         if device is not None and lead.device.type != device:
             return f"needs a {device} tensor, got one on {lead.device}"
         if dtype is not None and lead.dtype not in dtype:

@@ -1,11 +1,13 @@
-// Few tags (K <= 32): the lanes of a vector are W sequences, longest first, and a step is K*K multiply-adds of vectors.
+// Few tags (K <= 32): the lanes of a vector are W sequences, longest first, and a step is K*K multiply-adds
+// of vectors.
 //
-//     alpha, x: [t][k][lane]     E: scalars, broadcast      counts: one vector per (i, j), summed over lanes at the end
+//     alpha, x: [t][k][lane]     E: scalars, broadcast      counts: one vector per (i, j), summed over lanes
+//     at the end
 //
-// Cost per step and W sequences: 3 K^2 vector FMAs (forward, backward, counts), K exps, and two K x W transposes between
-// the layout of the tensors and that of the lanes. A lane idles once its sequence has ended. Exps and transposes are done
-// for all steps first: the recursions then wait for nothing but their own FMAs, as each applies the scale of the step
-// before while the next is being found.
+// Cost per step and W sequences: 3 K^2 vector FMAs (forward, backward, counts), K exps, and two K x W
+// transposes between the layout of the tensors and that of the lanes. A lane idles once its sequence has
+// ended. Exps and transposes are done for all steps first: the recursions then wait for nothing but their own
+// FMAs, as each applies the scale of the step before while the next is being found.
 #pragma once
 #include "scaled.h"
 #include "semiring.h"
@@ -24,13 +26,14 @@ class BySequence {
     return L * K * W + (gradient ? L : 2) * (K * W + W) + 2 * K * W + 2 * W * round_up(K, 16) + 64;
   }
 
-  // rows[0..count): at most W rows with at least one position on, longest first. With a gradient, adds the group's share of
-  // the (K*K + 2*K) parameter sums, unscaled by the edges, to `sums`.
+  // rows[0..count): at most W rows with at least one position on, longest first. With a gradient, adds the
+  // group's share of the (K*K + 2*K) parameter sums, unscaled by the edges, to `sums`.
   BySequence(const Job& job, const int64_t* rows, int count, float* scratch, float* sums)
       : job_(job), K_(int(job.tables.K)), count_(count), gradient_(job.gradient != nullptr), sums_(sums) {
     for (int l = 0; l < count; ++l) {
       row_[l] = rows[l];
       length_[l] = int(job.model.rows.length(rows[l]));
+      positions_[l] = job.model.rows.of(rows[l]);
       weight_[l] = gradient_ ? job.row_weight(rows[l]) : 0.f;
       gap_[l] = INFINITY;
     }
@@ -57,10 +60,12 @@ class BySequence {
 
  private:
   int64_t slot(int t) const { return gradient_ ? t : t & 1; }
-  float* alpha(int t) const { return alpha_ + slot(t) * K_ * W; }  // not normalised: times inverse(t) it sums to 1
+  float* alpha(int t) const {
+    return alpha_ + slot(t) * K_ * W;
+  }  // not normalised: times inverse(t) it sums to 1
   float* inverse(int t) const { return inverse_ + slot(t) * W; }
   float* x(int t) const { return x_ + t * K_ * W; }
-  int64_t position(int l, int t) const { return job_.model.rows.of(row_[l])[t]; }
+  int64_t position(int l, int t) const { return positions_[l][t]; }
 
   // x_t = exp(emissions - their maximum) for all t, one lane a sequence; lanes that have ended read zeros.
   void exponentiate() {
@@ -69,7 +74,9 @@ class BySequence {
       while (length_[active - 1] <= t) --active;
       const float* from[W];
       for (int l = 0; l < W; ++l)
-        from[l] = l < active ? emission_row(job_.model.x, row_[l], position(l, t), staging_ + l * round_up(K_, 16)) : spare_;
+        from[l] = l < active
+                      ? emission_row(job_.model.x, row_[l], position(l, t), staging_ + l * round_up(K_, 16))
+                      : spare_;
       float* x_t = x(t);
       transpose<V>(from, x_t, W, K_);
       V top = V::set(-FLT_MAX);
@@ -119,8 +126,8 @@ class BySequence {
     }
   }
 
-  // Some alpha of these lanes is tiny. That is nothing if the tag is forbidden or cannot be reached; it is a pruned edge,
-  // for finish_row to weigh, if the emission underflowed; and else the row must be done again.
+  // Some alpha of these lanes is tiny. That is nothing if the tag is forbidden or cannot be reached; it is a
+  // pruned edge, for finish_row to weigh, if the emission underflowed; and else the row must be done again.
   __attribute__((noinline)) void look_closer(int t, uint32_t lanes) {
     float top;
     for (int l = 0; lanes; ++l, lanes >>= 1) {
@@ -158,15 +165,16 @@ class BySequence {
       for (int k = 0; k < K_; ++k) alpha(t)[k * W + l] = 0;
   }
 
-  // alpha_t . beta_t = 1 holds up to rounding once it holds at the end of a row, so that the recursion need not wait for
-  // the sum; posteriors and counts are divided by it, and their error does not grow with t.
+  // alpha_t . beta_t = 1 holds up to rounding once it holds at the end of a row, so that the recursion need
+  // not wait for the sum; posteriors and counts are divided by it, and their error does not grow with t.
   void backward() {
     const V weights = V::load(weight_);
     int active = 0;
     for (int t = length_[0] - 1; t >= 0; --t) {
       float beta[kMaxTagsBySequence * W];
       if (active)
-        lanes_by_table<SumProduct, V>(message_, job_.tables.edges_t, K_, [&](int k, V sum) { sum.store(beta + k * W); });
+        lanes_by_table<SumProduct, V>(message_, job_.tables.edges_t, K_,
+                                      [&](int k, V sum) { sum.store(beta + k * W); });
       else
         std::fill(beta, beta + K_ * W, 0.f);
       const int were_active = active;
@@ -200,10 +208,12 @@ class BySequence {
     for (int k = 0; k < K_; ++k) from[k] = posterior_ + k * W;
     for (int k = K_; k < round_up(K_, W); ++k) from[k] = spare_;
     for (int k = 0; k < K_; k += W) transpose<V>(from + k, staging_ + k, ld, W);
-    for (int l = 0; l < active; ++l) store_gradient(job_, row_[l], position(l, t), staging_ + l * ld, weight_[l]);
+    for (int l = 0; l < active; ++l)
+      store_gradient(job_, row_[l], position(l, t), staging_ + l * ld, weight_[l]);
   }
 
-  // sums[i][j] += sum over t and lanes of alpha_{t-1}(i) * message_t(j), in tiles of vectors that stay in registers.
+  // sums[i][j] += sum over t and lanes of alpha_{t-1}(i) * message_t(j), in tiles of vectors that stay in
+  // registers.
   void count_transitions() {
     constexpr int kTile = kRegisters == 32 ? 5 : 3;
     in_pieces<kTile>(K_, [&](int i0, int rows) {
@@ -238,6 +248,7 @@ class BySequence {
   const bool gradient_;
   float* sums_;
   int64_t row_[W];
+  const int32_t* positions_[W];
   int length_[W];
   float weight_[W] = {}, gap_[W], z_[W];
   double maxima_[W] = {};

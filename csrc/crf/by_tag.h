@@ -1,12 +1,12 @@
-// Many tags (K > 32): the lanes of a vector are tags, and up to 6 sequences, longest first, step together, so that a step
-// is a small matrix product (rows x K) (K x K) and each load of E serves all its rows.
+// Many tags (K > 32): the lanes of a vector are tags, and up to 6 sequences, longest first, step together, so
+// that a step is a small matrix product (rows x K) (K x K) and each load of E serves all its rows.
 //
 //     alpha, x: [t][row][tag], rows padded to whole vectors with zeros     E: [i][tag]
 //
-// Cost per step: 3 * rows * K^2 FMAs (forward, backward, counts), K exps a row, which are done for all steps first: the
-// recursions then wait for nothing but their own FMAs, as each applies the scale of the step before while the next is
-// being found. The counts are a product over time, (steps*rows x K)^T (steps*rows x K), taken in chunks of time while what
-// they read is in the cache.
+// Cost per step: 3 * rows * K^2 FMAs (forward, backward, counts), K exps a row, which are done for all steps
+// first: the recursions then wait for nothing but their own FMAs, as each applies the scale of the step
+// before while the next is being found. The counts are a product over time, (steps*rows x K)^T (steps*rows x
+// K), taken in chunks of time while what they read is in the cache.
 #pragma once
 #include "scaled.h"
 #include "semiring.h"
@@ -55,9 +55,15 @@ class ByTag {
     return L * rows * ld + (gradient ? L : 2) * (rows * ld + rows) + 2 * rows * ld + 2 * ld + 64;
   }
 
-  // rows[0..count): at most 6 rows with at least one position on, longest first. `sums` as in BySequence, rows of ld.
+  // rows[0..count): at most 6 rows with at least one position on, longest first. `sums` as in BySequence,
+  // rows of ld.
   ByTag(const Job& job, const int64_t* rows, int count, float* scratch, float* sums)
-      : job_(job), K_(job.tables.K), ld_(job.tables.ld), count_(count), gradient_(job.gradient != nullptr), sums_(sums) {
+      : job_(job),
+        K_(job.tables.K),
+        ld_(job.tables.ld),
+        count_(count),
+        gradient_(job.gradient != nullptr),
+        sums_(sums) {
     for (int r = 0; r < count; ++r) {
       row_[r] = rows[r];
       length_[r] = int(job.model.rows.length(rows[r]));
@@ -88,7 +94,9 @@ class ByTag {
 
  private:
   int64_t slot(int t) const { return gradient_ ? t : t & 1; }
-  float* alpha(int t, int r) const { return alpha_ + (slot(t) * count_ + r) * ld_; }  // times inverse, it sums to 1
+  float* alpha(int t, int r) const {
+    return alpha_ + (slot(t) * count_ + r) * ld_;
+  }  // times inverse, it sums to 1
   float& inverse(int t, int r) const { return inverse_[slot(t) * count_ + r]; }
   float* x(int t, int r) const { return x_ + (t * count_ + r) * ld_; }
   int64_t position(int r, int t) const { return job_.model.rows.of(row_[r])[t]; }
@@ -98,7 +106,8 @@ class ByTag {
     float* x_t = x(t, r);
     const float* e = emission_row(job_.model.x, row_[r], position(r, t), x_t);
     const int64_t whole = K_ / W * W;
-    // The last, partial vector is read through a copy: past the row may lie another thread's memory, or nothing.
+    // The last, partial vector is read through a copy: past the row may lie another thread's memory, or
+    // nothing.
     float tail[W];
     if (whole < ld_)
       for (int i = 0; i < W; ++i) tail[i] = whole + i < K_ ? e[whole + i] : -INFINITY;
@@ -119,7 +128,8 @@ class ByTag {
       while (length_[active - 1] <= t) --active;
       if (t) rows_by_table<SumProduct>(active, alpha(t - 1, 0), job_.tables.edges, ld_, K_, sum_);
       for (int r = 0; r < active; ++r)
-        scales[r].multiply(t ? step(t, r, sum_ + r * ld_, inverse(t - 1, r)) : step(t, r, job_.tables.start, 1.f));
+        scales[r].multiply(t ? step(t, r, sum_ + r * ld_, inverse(t - 1, r))
+                             : step(t, r, job_.tables.start, 1.f));
       // Rows that have ended read as zeros, so that products over time can run over all rows.
       if (gradient_ && active < count_) {
         std::memset(alpha(t, active), 0, sizeof(float) * (count_ - active) * ld_);
@@ -213,10 +223,10 @@ class ByTag {
     }
   }
 
-  // beta_t of one row has arrived in sum_. Leaves the message to t-1; in place of x, the message times weight, for the
-  // counts; and the weighted posterior.
-  // alpha . beta = 1 holds up to rounding once it holds at the end of the row. The recursion does not wait for the sum: it
-  // is divided out of the posterior, so that errors do not grow with t, and out of the message every 32 steps.
+  // beta_t of one row has arrived in sum_. Leaves the message to t-1; in place of x, the message times
+  // weight, for the counts; and the weighted posterior. alpha . beta = 1 holds up to rounding once it holds
+  // at the end of the row. The recursion does not wait for the sum: it is divided out of the posterior, so
+  // that errors do not grow with t, and out of the message every 32 steps.
   FASTSEQ_INLINE void receive(int t, int r) {
     const float *a = alpha(t, r), *beta = sum_ + r * ld_;
     float *x_t = x(t, r), *message = message_ + r * ld_;
@@ -232,7 +242,8 @@ class ByTag {
     const float total = sum(totals);
     drift_[r] = t % 32 == 0 ? 1.f / total : 1.f;
     const Wide normal = Wide::set(weight_[r] / total);
-    for (int64_t k = 0; k < ld_; k += W) (Wide::load(a + k) * Wide::load(beta + k) * normal).store(posterior_ + k);
+    for (int64_t k = 0; k < ld_; k += W)
+      (Wide::load(a + k) * Wide::load(beta + k) * normal).store(posterior_ + k);
   }
 
   void add_posterior(float* to) const {

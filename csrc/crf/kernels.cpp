@@ -1,8 +1,9 @@
 // The drivers of the scaled kernels: which layout, which rows go together, and the sums over them.
 //
-// Rows are sorted by length and cut into blocks; blocks are dealt to slots, each of which owns one set of parameter sums
-// and is worked off by whichever thread is free. Neither blocks nor slots depend on the number of threads, and slots are
-// added up in order: the result is the same, bit for bit, for any number of threads.
+// Rows are sorted by length and cut into blocks; blocks are dealt to slots, each of which owns one set of
+// parameter sums and is worked off by whichever thread is free. Neither blocks nor slots depend on the number
+// of threads, and slots are added up in order: the result is the same, bit for bit, for any number of
+// threads.
 #include "kernels.h"
 
 #include <numeric>
@@ -15,7 +16,8 @@
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
-// What this machine could run at once. A property of the machine, unlike torch's thread count: blocks may depend on it.
+// What this machine could run at once. A property of the machine, unlike torch's thread count: blocks may
+// depend on it.
 int64_t processors() {
   static const int64_t n = std::max(1u, std::thread::hardware_concurrency());
   return n;
@@ -28,8 +30,8 @@ struct Blocks {
 
   int64_t count() const { return int64_t(begin.size()) - 1; }
 
-  // `dealt`: block i takes rows i, i + n, i + 2n ... of the sorted order, so that few blocks cost the same; else runs of
-  // consecutive rows, which have like lengths and waste no lanes.
+  // `dealt`: block i takes rows i, i + n, i + 2n ... of the sorted order, so that few blocks cost the same;
+  // else runs of consecutive rows, which have like lengths and waste no lanes.
   Blocks(const Rows& all, int64_t B, int64_t height, bool dealt) {
     std::vector<int64_t> sorted;
     sorted.reserve(B);
@@ -49,18 +51,14 @@ struct Blocks {
   }
 };
 
-enum class Layout { by_sequence_wide, by_sequence_half, by_tag };
+enum class Layout { by_sequence, by_tag };
 
-// Half-width vectors where full ones would leave processors without a block.
-Layout layout_for(int64_t B, int64_t K) {
-  if (K > kMaxTagsBySequence) return Layout::by_tag;
-  return (B + Wide::W - 1) / Wide::W < 2 * processors() ? Layout::by_sequence_half : Layout::by_sequence_wide;
-}
+Layout layout_for(int64_t K) { return K > kMaxTagsBySequence ? Layout::by_tag : Layout::by_sequence; }
 
 Blocks blocks_for(const Rows& rows, int64_t B, Layout layout) {
-  if (layout == Layout::by_sequence_wide) return Blocks(rows, B, Wide::W, false);
-  if (layout == Layout::by_sequence_half) return Blocks(rows, B, Half::W, false);
-  // As many blocks as processors can share evenly, where there are few; 6 rows keep what a block touches in the cache.
+  if (layout == Layout::by_sequence) return Blocks(rows, B, Narrow::W, false);
+  // As many blocks as processors can share evenly, where there are few; 6 rows keep what a block touches in
+  // the cache.
   int64_t blocks = (B + 5) / 6;
   const bool few = blocks < 4 * processors();
   if (few) blocks = round_up(blocks, processors());
@@ -97,12 +95,13 @@ void run_block(const Job& job, Layout layout, const int64_t* rows, int count, fl
   const int64_t L = job.model.rows.length(rows[0]), K = job.tables.K;
   const bool gradient = job.gradient != nullptr;
   Scratch& scratch = thread_scratch();
-  if (layout == Layout::by_sequence_wide)
-    BySequence<Wide>(job, rows, count, scratch.floats(BySequence<Wide>::scratch_floats(L, K, gradient)), sums).run();
-  else if (layout == Layout::by_sequence_half)
-    BySequence<Half>(job, rows, count, scratch.floats(BySequence<Half>::scratch_floats(L, K, gradient)), sums).run();
+  if (layout == Layout::by_sequence)
+    BySequence<Narrow>(job, rows, count, scratch.floats(BySequence<Narrow>::scratch_floats(L, K, gradient)),
+                       sums)
+        .run();
   else
-    ByTag(job, rows, count, scratch.floats(ByTag::scratch_floats(L, count, job.tables.ld, gradient)), sums).run();
+    ByTag(job, rows, count, scratch.floats(ByTag::scratch_floats(L, count, job.tables.ld, gradient)), sums)
+        .run();
   if (gradient)
     for (int i = 0; i < count; ++i) zero_off_positions(job, rows[i]);
 }
@@ -133,11 +132,12 @@ void finish_slot(const Job& job, const std::vector<int64_t>& rows, float* sums) 
 void scaled_nll(const Model<float>& model, Tags tags, const float* weights, double scale, float* nll,
                 const Gradients<float>* gradient, uint8_t* marks, double* sums, const ParallelFor& parallel) {
   const int64_t B = model.x.B, K = model.x.K;
-  const Layout layout = layout_for(B, K);
+  const Layout layout = layout_for(K);
   const int64_t ld = layout == Layout::by_tag ? round_up(K, Wide::W) : K;
   const Blocks blocks = blocks_for(model.rows, B, layout);
   const int64_t slot_floats = gradient ? (K + 2) * ld : 0;
-  const int64_t most_slots = std::clamp<int64_t>((int64_t(8) << 20) / std::max<int64_t>(slot_floats, 1), 2, 64);
+  const int64_t most_slots =
+      std::clamp<int64_t>((int64_t(8) << 20) / std::max<int64_t>(slot_floats, 1), 2, 64);
   const int64_t slots = std::min(blocks.count(), most_slots);
   float* memory = call_scratch().floats(Tables::floats(K, ld) + slots * slot_floats);
   const Tables tables(model, ld, memory);
@@ -169,7 +169,7 @@ void scaled_nll(const Model<float>& model, Tags tags, const float* weights, doub
 
 void viterbi(const Model<float>& model, int64_t* paths, float* scores, const ParallelFor& parallel) {
   const int64_t B = model.x.B, T = model.x.T, K = model.x.K;
-  const Layout layout = layout_for(B, K);
+  const Layout layout = layout_for(K);
   const int64_t ld = layout == Layout::by_tag ? round_up(K, Wide::W) : K;
   const Blocks blocks = blocks_for(model.rows, B, layout);
   float* edges = call_scratch().floats(2 * K * ld + ld);
@@ -189,14 +189,11 @@ void viterbi(const Model<float>& model, int64_t* paths, float* scores, const Par
     const int64_t L = model.rows.length(rows[0]);
     for (int r = 0; r < count; ++r)
       if (model.rows.length(rows[r]) < T) std::fill_n(paths + rows[r] * T, T, -100);
-    const int width = layout == Layout::by_sequence_wide ? Wide::W : Half::W;
-    float* scratch = thread_scratch().floats(layout == Layout::by_tag
-                                                 ? L * count * ld + round_up(K, 16)
-                                                 : (L + 1) * K * width + (width + 1) * round_up(K, 16));
-    if (layout == Layout::by_sequence_wide)
-      viterbi_by_sequence<Wide>(job, rows, count, scratch);
-    else if (layout == Layout::by_sequence_half)
-      viterbi_by_sequence<Half>(job, rows, count, scratch);
+    float* scratch = thread_scratch().floats(
+        layout == Layout::by_tag ? L * count * ld + round_up(K, 16)
+                                 : (L + 1) * K * Narrow::W + (Narrow::W + 1) * round_up(K, 16));
+    if (layout == Layout::by_sequence)
+      viterbi_by_sequence<Narrow>(job, rows, count, scratch);
     else
       viterbi_by_tag(job, rows, count, scratch);
     thread_scratch().trim();

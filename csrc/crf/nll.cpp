@@ -1,4 +1,5 @@
-// nll and its gradient: the scaled kernels where they can be trusted, the exact ones elsewhere, and the sums of both.
+// nll and its gradient: the scaled kernels where they can be trusted, the exact ones elsewhere, and the sums
+// of both.
 #include <type_traits>
 
 #include "kernels.h"
@@ -6,8 +7,8 @@
 namespace fastseq::crf {
 
 template <class R>
-void nll(const Model<R>& model, Tags tags, const R* weights, double scale, R* out, const Gradients<R>* gradient,
-         const ParallelFor& parallel_for) {
+void nll(const Model<R>& model, Tags tags, const R* weights, double scale, R* out,
+         const Gradients<R>* gradient, const ParallelFor& parallel_for) {
   const int64_t B = model.x.B, K = model.x.K;
   std::vector<double> sums(gradient ? K * K + 2 * K : 0);
   std::vector<int64_t> exact;
@@ -20,9 +21,8 @@ void nll(const Model<R>& model, Tags tags, const R* weights, double scale, R* ou
   } else {
     for (int64_t b = 0; b < B; ++b) exact.push_back(b);
   }
-  if (!exact.empty())
-    FASTSEQ_SELECT(exact_nll<R>)
-    (model, tags, exact, weights, scale, out, gradient, gradient ? sums.data() : nullptr, parallel_for);
+  if (!exact.empty()) FASTSEQ_SELECT(exact_nll<R>)
+  (model, tags, exact, weights, scale, out, gradient, gradient ? sums.data() : nullptr, parallel_for);
   if (gradient == nullptr) return;
   for (int64_t i = 0; i < K * K; ++i) gradient->transitions[i] = R(sums[i]);
   for (int64_t k = 0; k < K; ++k) gradient->start[k] = R(sums[K * K + k]);
@@ -31,7 +31,7 @@ void nll(const Model<R>& model, Tags tags, const R* weights, double scale, R* ou
 
 template void nll<float>(const Model<float>&, Tags, const float*, double, float*, const Gradients<float>*,
                          const ParallelFor&);
-template void nll<double>(const Model<double>&, Tags, const double*, double, double*, const Gradients<double>*,
-                          const ParallelFor&);
+template void nll<double>(const Model<double>&, Tags, const double*, double, double*,
+                          const Gradients<double>*, const ParallelFor&);
 
 }  // namespace fastseq::crf

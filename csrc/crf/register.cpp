@@ -1,5 +1,5 @@
-// The torch ops fastseq_cpu::crf_* on the LibTorch stable ABI: tensors to raw pointers and back, nothing else.
-// Errors start with "fastseq: " and name the argument: Python turns those into ValueError.
+// The torch ops fastseq_cpu::crf_* on the LibTorch stable ABI: tensors to raw pointers and back, nothing
+// else. Errors start with "fastseq: " and name the argument: Python turns those into ValueError.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -26,7 +26,8 @@ void torch_parallel_for(int64_t n, const std::function<void(int64_t, int64_t)>& 
   torch::stable::parallel_for(0, n, 1, f);
 }
 
-// An uninitialised CPU tensor. (torch::stable::new_empty looks its op up by name each time: five outputs cost 8 us.)
+// An uninitialised CPU tensor. (torch::stable::new_empty looks its op up by name each time: five outputs cost
+// 8 us.)
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const int64_t* like_strides = nullptr) {
   int64_t strides[4], step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= sizes.begin()[i]) strides[i] = step;
@@ -39,11 +40,16 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const int64_
 
 Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Double: return Type::f64;
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::f16;
-    default: throw std::runtime_error("fastseq: emissions: wanted float64, float32, bfloat16 or float16");
+    case ScalarType::Double:
+      return Type::f64;
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    case ScalarType::Half:
+      return Type::f16;
+    default:
+      throw std::runtime_error("fastseq: emissions: wanted float64, float32, bfloat16 or float16");
   }
 }
 
@@ -62,15 +68,19 @@ class Inputs {
     const int64_t B = emissions.size(0), T = emissions.size(1), K = emissions.size(2);
     check(K >= 1, "emissions: wanted (B,T,K) with at least one tag, got K = 0");
     check(transitions.size(0) == K && transitions.size(1) == K && start.size(0) == K && end.size(0) == K,
-          "transitions, start, end: wanted (K,K), (K,), (K,) with K = " + std::to_string(K) + " as in emissions");
-    x = {emissions_.const_data_ptr(), type_of(emissions), B, T, K, emissions_.stride(0), emissions_.stride(1)};
+          "transitions, start, end: wanted (K,K), (K,), (K,) with K = " + std::to_string(K) +
+              " as in emissions");
+    x = {emissions_.const_data_ptr(), type_of(emissions),  B, T, K,
+         emissions_.stride(0),        emissions_.stride(1)};
     if (tags) {
-      check(tags->scalar_type() == ScalarType::Long && tags->dim() == 2 && tags->size(0) == B && tags->size(1) == T,
+      check(tags->scalar_type() == ScalarType::Long && tags->dim() == 2 && tags->size(0) == B &&
+                tags->size(1) == T,
             "tags: wanted int64 (B,T) as in emissions");
       gold = {static_cast<const int64_t*>(tags->const_data_ptr()), tags->stride(0), tags->stride(1)};
     }
     if (mask)
-      check(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == B && mask->size(1) == T,
+      check(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == B &&
+                mask->size(1) == T,
             "mask: wanted bool (B,T) as in emissions");
     find_rows(mask);
   }
@@ -81,9 +91,7 @@ class Inputs {
   }
 
   // A tensor that lies in memory as `torch.empty_like(emissions)` does.
-  Tensor like_emissions(const Tensor& emissions) const {
-    return torch::stable::empty_like(emissions);
-  }
+  Tensor like_emissions(const Tensor& emissions) const { return torch::stable::empty_like(emissions); }
 
   Emissions x;
   Rows rows;
@@ -91,8 +99,10 @@ class Inputs {
 
  private:
   static Tensor dense(const Tensor& emissions) {
-    check(emissions.dim() == 3, "emissions: wanted 3 dimensions (B,T,K), got " + std::to_string(emissions.dim()));
-    return emissions.stride(2) == 1 || emissions.size(2) <= 1 ? emissions : torch::stable::contiguous(emissions);
+    check(emissions.dim() == 3,
+          "emissions: wanted 3 dimensions (B,T,K), got " + std::to_string(emissions.dim()));
+    return emissions.stride(2) == 1 || emissions.size(2) <= 1 ? emissions
+                                                              : torch::stable::contiguous(emissions);
   }
 
   static Tensor parameter(const Tensor& t, const char* name, int64_t dim) {
@@ -114,8 +124,8 @@ class Inputs {
         const int64_t y = gold.data ? gold.at(b, t) : 0;
         const bool here = (on == nullptr || on[b * on_b + t * on_t]) && y != -100;
         if (here && uint64_t(y) >= uint64_t(x.K))
-          check(false, "tags: wanted ids in [0, " + std::to_string(x.K) + ") or -100, got " + std::to_string(y) +
-                           " at [" + std::to_string(b) + ", " + std::to_string(t) + "]");
+          check(false, "tags: wanted ids in [0, " + std::to_string(x.K) + ") or -100, got " +
+                           std::to_string(y) + " at [" + std::to_string(b) + ", " + std::to_string(t) + "]");
         out[n] = int32_t(t);  // kept only where on: no branch
         n += here;
       }
@@ -150,9 +160,9 @@ Tensor crf_nll(const Tensor& emissions, const std::optional<Tensor>& tags, const
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Grads crf_nll_grad(const Tensor& emissions, const std::optional<Tensor>& tags, const std::optional<Tensor>& mask,
-                   const Tensor& transitions, const Tensor& start, const Tensor& end,
-                   const std::optional<Tensor>& weights, double scale) {
+Grads crf_nll_grad(const Tensor& emissions, const std::optional<Tensor>& tags,
+                   const std::optional<Tensor>& mask, const Tensor& transitions, const Tensor& start,
+                   const Tensor& end, const std::optional<Tensor>& weights, double scale) {
   return with_arithmetic(emissions, [&](auto zero) -> Grads {
     using R = decltype(zero);
     const Inputs<R> in(emissions, tags, mask, transitions, start, end);
@@ -169,8 +179,8 @@ Grads crf_nll_grad(const Tensor& emissions, const std::optional<Tensor>& tags, c
     // The gradient is written row by row; where K does not lie densely, through a copy.
     const bool direct = gx.stride(2) == 1 || K == 1;
     Tensor rows = direct ? gx : empty({B, in.x.T, K}, gx.scalar_type());
-    const Gradients<R> gradient{rows.mutable_data_ptr(), rows.stride(0), rows.stride(1),
-                                data<R>(ga),             data<R>(gs),    data<R>(ge)};
+    const Gradients<R> gradient{
+        rows.mutable_data_ptr(), rows.stride(0), rows.stride(1), data<R>(ga), data<R>(gs), data<R>(ge)};
     nll<R>(in.model(), in.gold, w_data, scale, data<R>(values), &gradient, torch_parallel_for);
     if (!direct) torch::stable::copy_(gx, rows);
     double sum = 0;
@@ -195,7 +205,8 @@ std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const std::optio
 }
 
 std::tuple<Tensor, Tensor> crf_nbest(const Tensor& emissions, const std::optional<Tensor>& mask,
-                                     const Tensor& transitions, const Tensor& start, const Tensor& end, int64_t n) {
+                                     const Tensor& transitions, const Tensor& start, const Tensor& end,
+                                     int64_t n) {
   check(n >= 1, "n: wanted at least 1, got " + std::to_string(n));
   return with_arithmetic(emissions, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using R = decltype(zero);
@@ -228,7 +239,8 @@ Tensor crf_sample(const Tensor& uniforms, const Tensor& emissions, const std::op
     const Tensor u = torch::stable::contiguous(uniforms);
     Tensor out = empty({u.size(0), in.x.B, in.x.T}, ScalarType::Long);
     FASTSEQ_SELECT(sample<R>)
-    (in.model(), static_cast<const R*>(u.const_data_ptr()), u.size(0), data<int64_t>(out), torch_parallel_for);
+    (in.model(), static_cast<const R*>(u.const_data_ptr()), u.size(0), data<int64_t>(out),
+     torch_parallel_for);
     return out;
   });
 }
@@ -240,7 +252,8 @@ Tensor crf_sample(const Tensor& uniforms, const Tensor& emissions, const std::op
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseq_cpu, m) {
   m.def("crf_nll(" CRF_PATHS ") -> Tensor");
-  m.def("crf_nll_grad(" CRF_PATHS ", Tensor? weights, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("crf_nll_grad(" CRF_PATHS
+        ", Tensor? weights, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("crf_viterbi(" CRF_MODEL ") -> (Tensor, Tensor)");
   m.def("crf_nbest(" CRF_MODEL ", int n) -> (Tensor, Tensor)");
   m.def("crf_entropy(" CRF_MODEL ") -> Tensor");

@@ -1,5 +1,6 @@
-// What the scaled kernels share: the exponentiated parameters, the job, and the rule that says when not to trust a row.
-// The mathematics and the rule are in fastseq/ops/crf/__init__.py. Compiled once per instruction set.
+// What the scaled kernels share: the exponentiated parameters, the job, and the rule that says when not to
+// trust a row. The mathematics and the rule are in fastseq/ops/crf/__init__.py. Compiled once per instruction
+// set.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -40,8 +41,8 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// exp(parameter - its maximum), padded to `ld` columns with zeros, and the transpose. Entries that underflow are 0, as
-// those that are -inf; `gap` is how far below the maximum the nearest of the former was.
+// exp(parameter - its maximum), padded to `ld` columns with zeros, and the transpose. Entries that underflow
+// are 0, as those that are -inf; `gap` is how far below the maximum the nearest of the former was.
 struct Tables {
   int64_t K, ld;
   float max_transition, max_start, max_end;
@@ -95,7 +96,7 @@ struct Job {
   const Model<float>& model;
   const Tables& tables;
   Tags tags;
-  const float* weights;              // (B,) or null
+  const float* weights;  // (B,) or null
   double scale;
   float* nll;                        // (B,)
   const Gradients<float>* gradient;  // null: values only
@@ -104,7 +105,8 @@ struct Job {
   float row_weight(int64_t b) const { return float(scale * (weights ? weights[b] : 1.f)); }
 };
 
-// log of a product of many positive floats: exponents are summed, mantissas multiplied, and no log is taken until the end.
+// log of a product of many positive floats: exponents are summed, mantissas multiplied, and no log is taken
+// until the end.
 struct LogProduct {
   double mantissa = 1;
   int64_t exponent = 0;
@@ -127,7 +129,8 @@ struct LogProduct {
   double log() const { return std::log(mantissa) + double(exponent) * 0.693147180559945309417; }
 };
 
-// Row b's K emissions at position t, as floats: where they lie if they are floats, else converted into `staging`.
+// Row b's K emissions at position t, as floats: where they lie if they are floats, else converted into
+// `staging`.
 FASTSEQ_INLINE const float* emission_row(const Emissions& x, int64_t b, int64_t t, float* staging) {
   if (x.type == Type::f32) return static_cast<const float*>(x.data) + b * x.stride_b + t * x.stride_t;
   load_row(x, b, t, staging);
@@ -139,24 +142,29 @@ inline double gold_score(const Job& job, int64_t b) {
   const Model<float>& m = job.model;
   const int32_t* at = m.rows.of(b);
   const int64_t L = m.rows.length(b), K = m.x.K;
-  double score = 0;
-  int64_t previous = 0;
-  for (int64_t i = 0; i < L; ++i) {
-    const int64_t y = job.tags.at(b, at[i]);
-    Emissions one = m.x;  // the one element of this tag
-    one.K = 1;
-    one.data = static_cast<const char*>(m.x.data) + y * (m.x.type == Type::f32 ? 4 : 2);
-    double emission = 0;
-    load_row(one, b, at[i], &emission);
-    score += emission;
-    score += i ? m.transitions[previous * K + y] : m.start[y];
-    previous = y;
-  }
-  return score + m.end[previous];
+  const int64_t* tags = job.tags.data + b * job.tags.stride_b;
+  const int64_t step = job.tags.stride_t;
+  const auto sum = [&](const auto* x, auto convert) {
+    int64_t previous = tags[at[0] * step];
+    double score = m.start[previous];
+    double emissions = convert(x[at[0] * m.x.stride_t + previous]);
+    for (int64_t i = 1; i < L; ++i) {
+      const int64_t y = tags[at[i] * step];
+      emissions += convert(x[at[i] * m.x.stride_t + y]);
+      score += m.transitions[previous * K + y];
+      previous = y;
+    }
+    return score + emissions + m.end[previous];
+  };
+  const int64_t row = b * m.x.stride_b;
+  if (m.x.type == Type::f32) return sum(static_cast<const float*>(m.x.data) + row, [](float v) { return v; });
+  const uint16_t* half = static_cast<const uint16_t*>(m.x.data) + row;
+  return m.x.type == Type::bf16 ? sum(half, bf16_to_float) : sum(half, half_to_float);
 }
 
-// The last word on a row: its log Z, and whether an edge that underflowed could have mattered. `regret` is how far log Z
-// lies below the best that any path could conceivably have; a pruned edge costs a path at least `gap`.
+// The last word on a row: its log Z, and whether an edge that underflowed could have mattered. `regret` is
+// how far log Z lies below the best that any path could conceivably have; a pruned edge costs a path at least
+// `gap`.
 inline void finish_row(const Job& job, int64_t b, double maxima, double log_scales, float z, float gap) {
   const Tables& t = job.tables;
   const int64_t L = job.model.rows.length(b);
@@ -167,8 +175,8 @@ inline void finish_row(const Job& job, int64_t b, double maxima, double log_scal
   job.nll[b] = float(job.tags.data ? log_z - gold_score(job, b) : log_z);
 }
 
-// Ask for the lines of the gradient of row b at position t, ahead of store_gradient: it goes through a batch backwards and
-// with long strides, which no hardware prefetcher follows.
+// Ask for the lines of the gradient of row b at position t, ahead of store_gradient: it goes through a batch
+// backwards and with long strides, which no hardware prefetcher follows.
 FASTSEQ_INLINE void prefetch_gradient(const Job& job, int64_t b, int64_t t) {
   const Gradients<float>& g = *job.gradient;
   const int64_t size = job.model.x.type == Type::f32 ? 4 : 2;
@@ -176,15 +184,18 @@ FASTSEQ_INLINE void prefetch_gradient(const Job& job, int64_t b, int64_t t) {
   for (int64_t i = 0; i < job.model.x.K * size; i += 64) __builtin_prefetch(at + i, 1);
 }
 
-// weight * posterior of one position, in `p`, becomes weight * (posterior - onehot(tag)) in the gradient. Nothing is read
-// back from the gradient: its lines come from far away, and a load behind a store that waits for one would wait as well.
+// weight * posterior of one position, in `p`, becomes weight * (posterior - onehot(tag)) in the gradient.
+// Nothing is read back from the gradient: its lines come from far away, and a load behind a store that waits
+// for one would wait as well.
 FASTSEQ_INLINE void store_gradient(const Job& job, int64_t b, int64_t t, float* p, float weight) {
   const Gradients<float>& g = *job.gradient;
   const int64_t at = b * g.stride_b + t * g.stride_t, K = job.model.x.K;
   const int64_t y = job.tags.data ? job.tags.at(b, t) : -1;
   if (job.model.x.type == Type::f32) {
     float* __restrict out = static_cast<float*>(g.emissions) + at;
-    for (int64_t k = 0; k < K; ++k) out[k] = p[k];
+    int64_t k = 0;
+    for (; k + Narrow::W <= K; k += Narrow::W) Narrow::load(p + k).store(out + k);
+    for (; k < K; ++k) out[k] = p[k];
     if (y >= 0) out[y] = p[y] - weight;
   } else {
     if (y >= 0) p[y] -= weight;

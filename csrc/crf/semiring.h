@@ -3,8 +3,9 @@
 //     SumProduct   out_j = sum_i in_i * table_ij        forward, backward
 //     MaxPlus      out_j = max_i in_i + table_ij        Viterbi
 //
-// lanes_by_table: in_i and out_j are vectors over sequences, the table scalars (broadcast): K^2 vector operations.
-// rows_by_table:  in is (rows, ld), out_j a vector over tags: a small matrix product, each load of the table serves all rows.
+// lanes_by_table: in_i and out_j are vectors over sequences, the table scalars (broadcast): K^2 vector
+// operations. rows_by_table:  in is (rows, ld), out_j a vector over tags: a small matrix product, each load
+// of the table serves all rows.
 #pragma once
 #include <utility>
 

@@ -1,13 +1,14 @@
-// Viterbi in float32. The forward pass adds and takes maxima, K^2 of each a step, and keeps only the scores; the winning
-// tags are found again on the way back, K operations a step, on the one path that matters.
+// Viterbi in float32. The forward pass adds and takes maxima, K^2 of each a step, and keeps only the scores;
+// the winning tags are found again on the way back, K operations a step, on the one path that matters.
 //
-// Rounding and ties are those of the textbook's (and pytorch-crf's) step, max over i of (score_i + A_ij) + x_j, where the
-// first i wins: adding x_j after the maximum gives the same score, since rounding is monotone, but the way back compares
-// with x_j added, as two sums that differ may round to one.
+// Rounding and ties are those of the textbook's (and pytorch-crf's) step, max over i of (score_i + A_ij) +
+// x_j, where the first i wins: adding x_j after the maximum gives the same score, since rounding is monotone,
+// but the way back compares with x_j added, as two sums that differ may round to one.
 //
-// With many tags most of them cannot win: where tag i is so far behind the best tag that no transition makes up for it,
-// score_i + max_j (A_ij - min_i' A_i'j) < max score, row i of A is not read at all. That is exact, it is the common case,
-// and it is also what makes more than 1 edge per add and max possible; where A forbids (-inf), nothing can be ruled out.
+// With many tags most of them cannot win: where tag i is so far behind the best tag that no transition makes
+// up for it, score_i + max_j (A_ij - min_i' A_i'j) < max score, row i of A is not read at all. That is exact,
+// it is the common case, and it is also what makes more than 1 edge per add and max possible; where A forbids
+// (-inf), nothing can be ruled out.
 #pragma once
 #include "scaled.h"
 #include "semiring.h"
@@ -19,9 +20,9 @@ struct ViterbiJob {
   const float *edges, *edges_t;  // (K, ld) padded with -inf: from x to, to x from
   int64_t ld;
   const float* reach;  // (ld,): by how much row i of A can exceed another, max_j (A_ij - min_i' A_i'j)
-  int64_t* paths;    // (B,T), filled with -100
-  float* scores;     // (B,), filled with NaN
-  uint8_t* invalid;  // (B,), zeros; 1 where NaN or +inf was seen: the score stays NaN
+  int64_t* paths;      // (B,T), filled with -100
+  float* scores;       // (B,), filled with NaN
+  uint8_t* invalid;    // (B,), zeros; 1 where NaN or +inf was seen: the score stays NaN
 };
 
 // out = from + x, K of each. Returns whether any x is one that nothing may be computed from: NaN or +inf.
@@ -92,7 +93,8 @@ void trace_back(const ViterbiJob& job, int64_t b, float* staging, const Scores& 
   }
 }
 
-// Lanes are sequences: up to W rows, longest first, each with a position on. Scratch: (L + 1) * K * W + 2 * W * (K + 16).
+// Lanes are sequences: up to W rows, longest first, each with a position on. Scratch: (L + 1) * K * W + 2 * W
+// * (K + 16).
 template <class V>
 void viterbi_by_sequence(const ViterbiJob& job, const int64_t* rows, int count, float* scratch) {
   constexpr int W = V::W;
@@ -141,8 +143,8 @@ inline void find_reach(const float* edges, int64_t ld, int64_t K, float* reach) 
   }
 }
 
-// The tags that could be the best predecessor of some tag, ascending: those that are not ruled out by `reach`. Both are
-// padded to ld with -inf.
+// The tags that could be the best predecessor of some tag, ascending: those that are not ruled out by
+// `reach`. Both are padded to ld with -inf.
 inline int possible_winners(const float* score, const float* reach, int64_t ld, float widest, int32_t* out) {
   Wide tops = Wide::set(-INFINITY);
   for (int64_t k = 0; k < ld; k += Wide::W) tops = max(Wide::load(score + k), tops);
@@ -159,7 +161,8 @@ inline int possible_winners(const float* score, const float* reach, int64_t ld, 
 
 // out_j = max over the given tags i of score_i + A_ij, for one row.
 template <int NV>
-FASTSEQ_INLINE void best_of_few(const float* score, const float* table, int64_t ld, const int32_t* tags, int n, float* out) {
+FASTSEQ_INLINE void best_of_few(const float* score, const float* table, int64_t ld, const int32_t* tags,
+                                int n, float* out) {
   Wide best[NV];
   for (int v = 0; v < NV; ++v) best[v] = Wide::set(-INFINITY);
   for (int c = 0; c < n; ++c) {

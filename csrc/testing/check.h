@@ -28,9 +28,15 @@ inline bool close(double a, double b, double tolerance) {
   return std::fabs(a - b) <= tolerance * (1 + std::fabs(b));
 }
 
-// Counts a failure, and says whether to print it: what is broken fails a thousand times.
+// Counts a failure, and says whether to print it: of one case the first few, as what is broken fails a
+// thousand times.
 inline bool report(const char* file, int line) {
-  if (++failures() > 30) return false;
+  static std::string last;
+  static int printed = 0, printed_here = 0;
+  ++failures();
+  if (last != context()) last = context(), printed_here = 0;
+  if (printed >= 60 || printed_here >= 3) return false;
+  ++printed, ++printed_here;
   std::printf("%s:%d: %s: ", file, line, context().c_str());
   return true;
 }

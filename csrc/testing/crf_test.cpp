@@ -64,9 +64,11 @@ bool near(double got, double want, double tolerance) {
   return std::abs(got - want) <= tolerance;
 }
 
-void check_parameter(const char* what, const Memory<float>& got, const Memory<double>& want, int64_t rows) {
+// `count` is how many marginals were added up, weighted: what the sums' rounding is relative to, not what is
+// left of them once the gold path is taken away.
+void check_parameter(const char* what, const Memory<float>& got, const Memory<double>& want, double count) {
   for (int64_t i = 0; i < want.size(); ++i) {
-    if (near(got[i], want[i], 2e-5 * (double(rows) + std::abs(want[i])))) continue;
+    if (near(got[i], want[i], 2e-5 * count)) continue;
     if (report(__FILE__, __LINE__))
       std::printf("gradient of %s[%d] is %.9g, wanted %.9g\n", what, int(i), got[i], want[i]);
   }
@@ -103,9 +105,14 @@ void check_nll(const Problem& p, const View& view) {
       std::printf("nll[%d] is %.9g, wanted %.9g\n", int(b), got.nll[b], want.nll[b]);
   }
   check_emissions(p, view, got, exact_view, want);
-  check_parameter("transitions", got.transitions, want.transitions, p.B);
-  check_parameter("start", got.start, want.start, p.B);
-  check_parameter("end", got.end, want.end, p.B);
+  double rows = 1, steps = 1;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const double weight = kScale * (p.weighted ? std::abs(p.weights[b]) : 1);
+    rows += weight, steps += weight * double(p.rows.length(b));
+  }
+  check_parameter("transitions", got.transitions, want.transitions, steps);
+  check_parameter("start", got.start, want.start, rows);
+  check_parameter("end", got.end, want.end, rows);
   for (int count : {2, 5}) CHECK(same_bits(got, run_nll<float>(p, view, threads(count))));
   CHECK(same_bits(got.nll, run_nll<float>(p, view, threads(2), false).nll));
 }
@@ -293,6 +300,25 @@ void test_extreme_emissions(int64_t K) {
   check(far, Type::f32, Layout::dense, "far parameters");
 }
 
+// Scores on a coarse grid, so that many paths are equal; and scores so far from 0 that sums which differ
+// round to one.
+void test_ties(int64_t K) {
+  for (float offset : {0.f, 1000.f, -1e6f, 1e7f}) {
+    for (float spread : {0.f, 0.25f, 4.f}) {  // of the transitions: small, and most tags cannot win
+      Problem p(17, 9, K, Mask::right, unsigned(K));
+      for (float& a : p.transitions) a = std::round(a) * spread;
+      for (float& x : p.x) x = std::round(x) * 0.5f;
+      for (int64_t k = 0; k < K; ++k) p.start[k] = offset, p.end[k] = std::round(p.end[k]);
+      if (spread == 4.f) p.forbid_some_edges();
+      const View view(p, Type::f32, Layout::dense);
+      context() = "ties at " + std::to_string(offset) + ", K " + std::to_string(K);
+      check_viterbi(p, view);
+      for (float& a : p.transitions) a = a * 0.1f - offset;  // as far the other way, each step
+      check_viterbi(p, view);
+    }
+  }
+}
+
 // NaN or +inf in a row: its own results are NaN, and the other rows' have the same bits as without it.
 void test_poison(int64_t K) {
   for (float poison : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
@@ -353,6 +379,7 @@ int main() {
   for (int64_t K : {1, 2, 3, 9, 17, 32, 33, 65}) {
     test_constraints(K);
     test_extreme_emissions(K);
+    test_ties(K);
     test_poison(K);
   }
   test_concurrent_calls();

@@ -44,7 +44,7 @@ class TrainConfig(Section):
     eval_every: PositiveInt | None = None
     save_every: PositiveInt | None = 500
     patience: PositiveInt | None = None
-    workers: NonNegativeInt = 0
+    workers: NonNegativeInt | None = None
     device: Literal["auto", "cpu"] = "auto"
     threads: PositiveInt | None = None
     tensorboard: bool = True

@@ -65,7 +65,7 @@ def training_batches(task: Task, config: TrainConfig, seed: int) -> EpochBatches
 
 def training_loader(task: Task, batches: EpochBatches, config: TrainConfig, gpu: bool) -> DataLoader[Any]:
     """One loader for the run, so that worker processes persist; it leaves the global generators alone."""
-    workers = config.workers
+    workers = config.workers if config.workers is not None else 2 if gpu else 0
     return DataLoader(
         task.train,  # type: ignore[arg-type]  # any sequence will do
         batch_sampler=batches,

@@ -126,7 +126,7 @@ def _do_again(
     """Put right log Z and the expected counts of the wrong rows; a row of weight 0 needs no counts."""
     assert f.wrong is not None
     _, steps, k = emissions.shape
-    exact_model = [p.double() for p in model]
+    a, s, e = (p.double() for p in model)
     wrong = f.wrong if weights is None else f.wrong & (weights != 0)
     for rows in wrong.nonzero()[:, 0].split(max(1, CHUNK // k**2)):
         if not len(rows):  # the split of nothing is one piece
@@ -134,10 +134,10 @@ def _do_again(
         packing = pack((len(rows), steps), None if mask is None else mask[rows], emissions.device)
         x = packing.gather(emissions[rows]).double()
         if weights is None:
-            f.log_z[rows] = log_domain.log_partition(packing, x, *exact_model)
+            f.log_z[rows] = log_domain.log_partition(packing, x, a, s, e)
         else:
             f.log_z[rows], exact, exact_pairs = log_domain.expectations(
-                packing, x, *exact_model, weights=weights[rows].double()
+                packing, x, a, s, e, weights[rows].double()
             )
             counts[rows[packing.index // steps] * steps + packing.index % steps] = exact.to(counts.dtype)
             pairs += exact_pairs

@@ -59,12 +59,13 @@ class _Recomputed(torch.autograd.Function):
         return function(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *pull_back(ctx.function, ctx.saved_tensors, grad)
 
 
 def _recomputed(function: Function, *inputs: Tensor) -> Tensor:
-    return _Recomputed.apply(function, *inputs)  # type: ignore[no-any-return]
+    out: Tensor = _Recomputed.apply(function, *inputs)  # type: ignore[no-untyped-call]
+    return out
 
 
 def safe_lse(values: Tensor, dim: int) -> Tensor:
@@ -210,7 +211,7 @@ def double_backward(
     """
 
     def objective(*leaves: Any) -> Tensor:
-        total = _total(*leaves, scale=scale)
+        total = _total(leaves, scale)
         value = total.new_zeros(()) if grad_total is None else grad_total * total
         if any(g is not None for g in grad_grads):
             wanted = (leaves[0], *leaves[3:6])
@@ -225,18 +226,10 @@ def double_backward(
     return pull_back(objective, inputs, None)
 
 
-def _total(
-    emissions: Tensor,
-    tags: Tensor | None,
-    mask: Tensor | None,
-    transitions: Tensor,
-    start: Tensor,
-    end: Tensor,
-    weights: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _total(inputs: Sequence[Any], scale: float) -> Tensor:
     """() the weighted sum of nll in float64, differentiable any number of times."""
-    packing, x, (a, s, e) = _prepared(emissions, tags, mask, transitions, start, end)
+    emissions, tags, mask, *model, weights = inputs
+    packing, x, (a, s, e) = _prepared(emissions, tags, mask, *model)
     rows = log_partition(packing, x, a, s, e)
     if tags is not None:
         tag = gather_tags(packing, tags, len(s))
@@ -246,4 +239,6 @@ def _total(
         rows = (rows.masked_fill(dead, 0) - score.masked_fill(dead, 0)) + torch.where(dead, math.inf, 0.0)
     if weights is None:
         return rows.sum() * scale
-    return (rows * weights).masked_fill((weights == 0) & ~rows.isfinite(), 0).sum() * scale
+    left_out = (weights == 0) & ~rows.isfinite()
+    total: Tensor = (rows * weights).masked_fill(left_out, 0).sum() * scale
+    return total

@@ -91,9 +91,11 @@ def _recursion(packing: Packing, x: Tensor, edges: Tensor, first: Tensor) -> tup
     x_steps, alphas, scales = packing.steps(x), packing.steps(alpha), packing.steps(scale)
     previous = torch.mul(first, x_steps[0], out=alphas[0])
     previous.div_(torch.mm(previous, ones, out=scales[0]))
-    for now, factor, total in zip(alphas[1:], x_steps[1:], scales[1:], strict=True):
-        torch.mm(previous[: len(now)] if len(now) < len(previous) else previous, edges, out=now)
-        now.mul_(factor)
+    sizes = packing.sizes  # len() of a tensor takes as long as a small product
+    for t in range(1, len(sizes)):
+        now, total = alphas[t], scales[t]
+        torch.mm(previous[: sizes[t]] if sizes[t] < sizes[t - 1] else previous, edges, out=now)
+        now.mul_(x_steps[t])
         torch.mm(now, ones, out=total)  # a sum, sooner than torch.sum
         previous = now.div_(total)
     return alpha, scale
@@ -127,10 +129,11 @@ def backward(packing: Packing, f: Forward, weights: Tensor) -> tuple[Tensor, Ten
     ahead, beta, transposed = torch.zeros_like(x), torch.empty_like(x), f.edges.t()
     beta.index_copy_(0, packing.last, last)
     x_steps, aheads, betas = packing.steps(x), packing.steps(ahead), packing.steps(beta)
-    for t in range(len(betas) - 1, 0, -1):
-        size, place, result = len(betas[t]), aheads[t - 1], betas[t - 1]
-        if size < len(place):
-            place, result = place[:size], result[:size]
+    sizes = packing.sizes
+    for t in range(len(sizes) - 1, 0, -1):
+        place, result = aheads[t - 1], betas[t - 1]
+        if sizes[t] < sizes[t - 1]:
+            place, result = place[: sizes[t]], result[: sizes[t]]
         torch.mul(x_steps[t], betas[t], out=place)
         torch.mm(place, transposed, out=result)
 

@@ -25,7 +25,7 @@ from fastseq.recipes.tagger.recipe import Config, build
 from fastseq.recipes.task import Batch, Task
 from fastseq.recipes.train import wants_bf16
 
-CHUNK = 1600
+CHUNK = 960
 """Training sentences in a turn of the lever runs: enough for the buckets to find like lengths."""
 
 ROUNDS = 3

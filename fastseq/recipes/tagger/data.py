@@ -230,7 +230,7 @@ def read_vectors(path: Path, values: Sequence[str], size: int) -> torch.Tensor:
     """
     if not path.is_file():
         raise DataError(f"model.vectors: no file at {path}")
-    table = torch.randn(len(values) + UNKNOWN + 1, size) * 0.1
+    table = torch.randn(len(values) + UNKNOWN + 1, size) * 0.3
     table[PAD] = 0
     ids = {value: i for i, value in enumerate(values, start=UNKNOWN + 1)}
     with path.open(encoding="utf-8") as file:
