@@ -76,17 +76,13 @@ def bench(context: typer.Context) -> None:
     try:
         run = importlib.import_module("fastseq_benchmarks.cli").main
     except ModuleNotFoundError as error:
-        sys.exit(
-            f'fastseq: {error}. The benchmarks come with the source: in a checkout, pip install -e ".[bench]"'
-        )
+        sys.exit(f'fastseq: {error}. The benchmarks come with the source: in a checkout, pip install -e ".[bench]"')
     raise typer.Exit(run(list(context.args)))
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="Which system: tagger.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of changed settings.")] = None,
 ) -> None:
     """Train, or go on with a run that was stopped: the same command again."""
@@ -104,9 +100,7 @@ def train(
 
 def compare(
     recipe: Annotated[str, typer.Argument(help="Which system: tagger.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of changed settings.")] = None,
     sentences: Annotated[int, typer.Option(help="Training examples that each version sees.")] = 16000,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,

@@ -139,10 +139,9 @@ class Op:
         LIB.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _is_plain(args):
-            return self.torch_op(*args)
-        if torch._C._are_functorch_transforms_active():
-            return self._function.apply(*args) if self._function is not None else self.torch_op(*args)
+        if not is_plain(args):
+            functorch = self._function is not None and torch._C._are_functorch_transforms_active()
+            return self._function.apply(*args) if functorch else self.torch_op(*args)
         if self._direct is not None and torch.is_grad_enabled():
             return self._direct(*args)
         return self.run(*args)
@@ -180,9 +179,14 @@ class Op:
         return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * len(outputs[0])
 
 
-def _is_plain(args: Sequence[Any]) -> bool:
-    """No argument is of a tensor subclass, whose __torch_dispatch__ the dispatcher would have to call."""
-    return all(type(a) in _PLAIN_TYPES for a in args)
+def is_plain(args: Sequence[Any]) -> bool:
+    """No compiler, functorch transform, dispatch mode or tensor subclass is involved: the dispatcher would add only time."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and all(type(a) in _PLAIN_TYPES for a in args)
+    )
 
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), int, float, bool}

@@ -210,35 +210,35 @@ constexpr int kRegisters = 16;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// dst[k*ld + r] = src[r][k] for r in [0, V::W), k in [0, n).
-template <class V>
-FASTSEQ_INLINE void transpose(const float* const* src, float* dst, int64_t ld, int n) {
+// to(k)[r] = from(r)[k] for r < V::W, k < n; from and to give pointers to rows of floats. In blocks of 8 x 8
+// where there are 8 lanes. Reads from(r)[0..n) and writes to(k)[0..V::W), nothing else.
+template <class V, class From, class To>
+FASTSEQ_INLINE void transpose(int n, const From& from, const To& to) {
   int k = 0;
 #ifdef __AVX2__
-  if constexpr (V::W % 8 == 0) {
-    for (; k + 8 <= n; k += 8)
-      for (int r = 0; r < V::W; r += 8) {
-        __m256 a[8], b[8];
-        for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(src[r + i] + k);
-        for (int i = 0; i < 8; i += 2) {
-          b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-          b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < 8; i += 4) {
-          a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-          a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xEE);
-          a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-          a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
-        }
-        for (int i = 0; i < 4; ++i) {
-          _mm256_storeu_ps(dst + (k + i) * ld + r, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-          _mm256_storeu_ps(dst + (k + i + 4) * ld + r, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-        }
+  if constexpr (V::W == 8) {
+    for (; k + 8 <= n; k += 8) {
+      __m256 a[8], b[8];
+      for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from(i) + k);
+      for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
       }
+      for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xEE);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
+      }
+      for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_ps(to(k + i), _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(to(k + i + 4), _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+      }
+    }
   }
 #endif
   for (; k < n; ++k)
-    for (int r = 0; r < V::W; ++r) dst[k * ld + r] = src[r][k];
+    for (int r = 0; r < V::W; ++r) to(k)[r] = from(r)[k];
 }
 
 }  // namespace fastseq::FASTSEQ_ISA

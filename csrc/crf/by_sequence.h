@@ -78,7 +78,7 @@ class BySequence {
                       ? emission_row(job_.model.x, row_[l], position(l, t), staging_ + l * round_up(K_, 16))
                       : spare_;
       float* x_t = x(t);
-      transpose<V>(from, x_t, W, K_);
+      transpose<V>(K_, [&](int l) { return from[l]; }, [&](int k) { return x_t + k * W; });
       V top = V::set(-FLT_MAX);
       for (int k = 0; k < K_; ++k) top = max(V::load(x_t + k * W), top);
       for (int k = 0; k < K_; ++k) V::exp_or_zero(V::load(x_t + k * W) - top).store(x_t + k * W);
@@ -202,14 +202,30 @@ class BySequence {
     for (int k = 0; k < K_; ++k) sums_[K_ * K_ + k] += sum(V::load(posterior_ + k * W));
   }
 
+  // The weighted posteriors of position t, less the gold tags, to where the gradient is: a row of K a lane,
+  // written in pieces of W tags, and the rest of them, if K is not a multiple, one by one.
   FASTSEQ_INLINE void store_posteriors(int t, int active) {
     const int64_t ld = round_up(K_, 16);
-    const float* from[round_up(kMaxTagsBySequence, W)];
-    for (int k = 0; k < K_; ++k) from[k] = posterior_ + k * W;
-    for (int k = K_; k < round_up(K_, W); ++k) from[k] = spare_;
-    for (int k = 0; k < K_; k += W) transpose<V>(from + k, staging_ + k, ld, W);
-    for (int l = 0; l < active; ++l)
-      store_gradient(job_, row_[l], position(l, t), staging_ + l * ld, weight_[l]);
+    const Gradients<float>& g = *job_.gradient;
+    const bool direct = job_.model.x.type == Type::f32;
+    float* to[W];
+    for (int l = 0; l < W; ++l) {
+      const int64_t at = l < active && direct ? row_[l] * g.stride_b + position(l, t) * g.stride_t : 0;
+      to[l] = l < active && direct ? static_cast<float*>(g.emissions) + at : staging_ + l * ld;
+    }
+    int k = 0;
+    for (; k + W <= K_; k += W)
+      transpose<V>(W, [&](int i) { return posterior_ + (k + i) * W; }, [&](int l) { return to[l] + k; });
+    for (; k < K_; ++k)
+      for (int l = 0; l < W; ++l) to[l][k] = posterior_[k * W + l];
+    for (int l = 0; l < active; ++l) {
+      // not read back from the gradient, whose line may be far away
+      const int64_t y = job_.tags.data ? job_.tags.at(row_[l], position(l, t)) : -1;
+      if (y >= 0) to[l][y] = posterior_[y * W + l] - weight_[l];
+      if (!direct)
+        store_row(job_.model.x.type, g.emissions, row_[l] * g.stride_b + position(l, t) * g.stride_t, K_,
+                  to[l]);
+    }
   }
 
   // sums[i][j] += sum over t and lanes of alpha_{t-1}(i) * message_t(j), in tiles of vectors that stay in

@@ -110,7 +110,7 @@ void viterbi_by_sequence(const ViterbiJob& job, const int64_t* rows, int count, 
     const float* from[W];
     for (int l = 0; l < W; ++l)
       from[l] = l < active ? emission_row(m.x, rows[l], m.rows.of(rows[l])[t], staging + l * ld) : spare;
-    transpose<V>(from, x, W, K);
+    transpose<V>(K, [&](int l) { return from[l]; }, [&](int k) { return x + k * W; });
     uint32_t bad = 0;
     const auto finish_tag = [&](int k, V best) {
       const V x_k = V::load(x + k * W);

@@ -83,10 +83,10 @@ def crf_log_likelihood(
         # The value and its gradient in one pass, and the mean with them; except where B may be a symbol,
         # which a float argument of an op would turn into a constant.
         divided = reduction == "mean" and not torch.compiler.is_compiling()
-        scale = -1.0 / max(tags.shape[0], 1) if divided else -1.0
-        total = ops.nll_grad(emissions, tags, mask, transitions, start, end, None, scale)[0]
+        scale = 1.0 / max(tags.shape[0], 1) if divided else 1.0
+        total = -ops.nll_total(emissions, tags, mask, transitions, start, end, None, scale)
         done = divided or reduction == "sum"
-        return cast(Tensor, total) if done else total / _count(tags, mask, reduction, partial)
+        return total if done else total / _count(tags, mask, reduction, partial)
     else:
         rows = -ops.nll(emissions, tags, mask, transitions, start, end)
     if reduction == "none":

@@ -108,9 +108,7 @@ class Variant:
         return 1e3 * sum(self.seconds) / self.steps
 
 
-def take_turns(
-    variants: Sequence[Variant], task: Task, order: Sequence[int], chunk: int, warm: int = 0
-) -> None:
+def take_turns(variants: Sequence[Variant], task: Task, order: Sequence[int], chunk: int, warm: int = 0) -> None:
     """Trains every variant on the same examples, a chunk each in turn; who goes first changes every round.
 
     Args:

@@ -123,6 +123,4 @@ def _download(source: Source, folder: Path) -> Path:
     reason = "\n".join(result.stderr.strip().splitlines()[-6:])
     if "No module named pip" in reason:
         reason += "\n(install pip into this environment: python -m ensurepip)"
-    raise FetchError(
-        f"pip could not download {source.requirement}; is there a network, or an index?\n{reason}"
-    )
+    raise FetchError(f"pip could not download {source.requirement}; is there a network, or an index?\n{reason}")

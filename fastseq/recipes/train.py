@@ -119,9 +119,7 @@ def learning_rate(config: TrainConfig, total_steps: int) -> Callable[[int], floa
         if step < warmup:
             return (step + 1) / (warmup + 1)
         done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-            config.schedule
-        ]
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
 
     return factor
 
@@ -137,12 +135,8 @@ class Trainer:
         loader = training_loader(task, self.batches, config.train, gpu)
         optimizer = make_optimizer(task.model, config.train)
         self.model, self.optimizer, self.loader = accelerator.prepare(task.model, optimizer, loader)
-        per_epoch = math.ceil(
-            math.ceil(len(self.batches) / accelerator.num_processes) / config.train.accumulate
-        )
-        self.total = min(
-            per_epoch * config.train.epochs, config.train.max_steps or per_epoch * config.train.epochs
-        )
+        per_epoch = math.ceil(math.ceil(len(self.batches) / accelerator.num_processes) / config.train.accumulate)
+        self.total = min(per_epoch * config.train.epochs, config.train.max_steps or per_epoch * config.train.epochs)
         self.eval_every = config.train.eval_every or per_epoch
         # Not prepared: accelerate would step it once a process; here a step is an update.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -161,9 +155,7 @@ class Trainer:
             self.schedule.load_state_dict(state["schedule"])
             self.position = Position(**state["position"])
             checkpoint.set_rng_state(state["rng"])
-        self.reporter = Reporter(
-            self.config, self.position.step, self.total, self.accelerator.is_main_process
-        )
+        self.reporter = Reporter(self.config, self.position.step, self.total, self.accelerator.is_main_process)
 
     def fit(self) -> None:
         """Trains to the end, from wherever it stands."""
@@ -210,9 +202,7 @@ class Trainer:
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         with torch.inference_mode(), self.accelerator.autocast():
-            metrics = self.task.evaluate(
-                model, evaluation_batches(self.task, examples, self.accelerator.device)
-            )
+            metrics = self.task.evaluate(model, evaluation_batches(self.task, examples, self.accelerator.device))
         model.train()
         return metrics
 

@@ -56,13 +56,8 @@ def assert_same_run(a: Path, b: Path) -> None:
     best = [checkpoint.load(folder / "best.pt") for folder in (a, b)]
     assert_same(best[0]["model"], best[1]["model"])
     assert (a / "test.json").read_text() == (b / "test.json").read_text()
-    logs = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (a, b)
-    ]
-    assert [(line["step"], line["dev"]) for line in logs[0]] == [
-        (line["step"], line["dev"]) for line in logs[1]
-    ]
+    logs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (a, b)]
+    assert [(line["step"], line["dev"]) for line in logs[0]] == [(line["step"], line["dev"]) for line in logs[1]]
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +90,7 @@ def test_killed_at_random_moments(tiny: list[str], tmp_path: Path, reference: tu
     assert_same_run(folder, tmp_path / "run")
 
 
-def test_killed_at_every_kind_of_rename(
-    tiny: list[str], tmp_path: Path, reference: tuple[Path, float]
-) -> None:
+def test_killed_at_every_kind_of_rename(tiny: list[str], tmp_path: Path, reference: tuple[Path, float]) -> None:
     for rename in (1, 3, 4, 5, 2):  # of the config, of last to previous, of last, of best
         process = start(tiny, die_at_rename=rename)
         process.join()

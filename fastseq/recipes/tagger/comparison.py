@@ -63,17 +63,13 @@ class Comparison:
         layer.to(self.first.output.weight.device)
         return self._variant(name, PlainTagger(self.first, layer), buckets=False, fused=False, **changes)
 
-    def fast(
-        self, name: str, decoder: nn.Module | None = None, bf16: bool = False, fused: bool = False
-    ) -> Variant:
+    def fast(self, name: str, decoder: nn.Module | None = None, bf16: bool = False, fused: bool = False) -> Variant:
         """Fastseq's model on length buckets."""
         model = copy.deepcopy(self.first)
         model.decoder = decoder or model.decoder
         return self._variant(name, model, buckets=True, fused=fused, bf16=bf16)
 
-    def _variant(
-        self, name: str, model: nn.Module, *, buckets: bool, fused: bool, bf16: bool = False
-    ) -> Variant:
+    def _variant(self, name: str, model: nn.Module, *, buckets: bool, fused: bool, bf16: bool = False) -> Variant:
         train: TrainConfig = self.config.train.model_copy(update={"buckets": buckets, "fused": fused})
         torch.manual_seed(self.config.seed)
         return Variant(name, model, train, self.steps, bf16)
@@ -215,24 +211,19 @@ def compare(config: Config, sentences: int) -> dict[str, Any]:
 def show(figures: dict[str, Any], console: Console) -> None:
     """Prints the figures as tables."""
     console.print(_levers_table(figures["title"], figures["levers"]))
-    console.print(
-        "Plain is pytorch-crf, random batches padded to the longest, fp32 and torch's Adam; levers add up."
-    )
+    console.print("Plain is pytorch-crf, random batches padded to the longest, fp32 and torch's Adam; levers add up.")
     share, kept = figures["crf_share_of_step"], figures["kept"]
     console.print(
         f"The two plain runs disagree by {100 * figures['control_disagreement']:.1f} %: "
         "trust no figure further than that.\n"
         "The CRF's share of a step, by its own time (and by steps with it and with a softmax instead): "
         + ", ".join(
-            f"{name} {100 * both['alone']:.1f} % ({100 * both['paired']:.1f} %)"
-            for name, both in share.items()
+            f"{name} {100 * both['alone']:.1f} % ({100 * both['paired']:.1f} %)" for name, both in share.items()
         )
     )
     dropped = [name.replace("_", " ") for name, on in kept.items() if not on]
     if dropped:
-        console.print(
-            f"Left out of the fastseq version below, since it gave nothing here: {', '.join(dropped)}."
-        )
+        console.print(f"Left out of the fastseq version below, since it gave nothing here: {', '.join(dropped)}.")
     console.print(_quality_table(figures["quality"]))
     plain, fast = figures["quality"]
     console.print(

@@ -109,9 +109,7 @@ def characters_with_entities(sentence: list[tuple[str, str]]) -> Sentence:
     kinds = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
     tokens: list[str] = []
     tags: list[str] = []
-    surname = (
-        False  # the corpus parts a surname from the given name that follows: together they are one person
-    )
+    surname = False  # the corpus parts a surname from the given name that follows: together they are one person
     for word, pos in sentence:
         kind = kinds.get(pos)
         first = "I" if kind == "PER" and surname else "B"
@@ -186,10 +184,7 @@ class Encoder:
 
     def tokens(self, tokens: Sequence[str]) -> np.ndarray:
         """(T,F) int64 ids."""
-        rows = [
-            [ids.get(value, UNKNOWN) for value in FEATURES[feature](tokens)]
-            for feature, ids in self._ids.items()
-        ]
+        rows = [[ids.get(value, UNKNOWN) for value in FEATURES[feature](tokens)] for feature, ids in self._ids.items()]
         return np.stack([np.array(row, dtype=np.int64) for row in rows], axis=1)
 
     def example(self, sentence: Sentence) -> tuple[np.ndarray, np.ndarray]:
@@ -239,9 +234,7 @@ def read_vectors(path: Path, values: Sequence[str], size: int) -> torch.Tensor:
             if number == 1 and len(numbers) == 1:
                 continue
             if len(numbers) != size:
-                raise DataError(
-                    f"{path}:{number}: {size} numbers are wanted (model.features), got {len(numbers)}"
-                )
+                raise DataError(f"{path}:{number}: {size} numbers are wanted (model.features), got {len(numbers)}")
             if value in ids:
                 table[ids[value]] = torch.tensor([float(x) for x in numbers])
     return table

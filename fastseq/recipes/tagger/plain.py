@@ -40,9 +40,7 @@ class PlainTagger(nn.Module):
 
     def emissions(self, tokens: Tensor) -> Tensor:
         """(B,T,K) scores of (B,T,F) ids; the LSTM runs over the padding, as is usual."""
-        embedded = torch.cat(
-            [table(ids) for table, ids in zip(self.embeddings, tokens.unbind(-1), strict=True)], -1
-        )
+        embedded = torch.cat([table(ids) for table, ids in zip(self.embeddings, tokens.unbind(-1), strict=True)], -1)
         scores: Tensor = self.output(self.dropout(self.lstm(self.dropout(embedded))[0]))
         return scores
 

@@ -73,11 +73,7 @@ def predict(path: Path, lines: Iterable[str], as_json: bool = False) -> Iterator
     for texts in _as_they_arrive(lines):
         sentences = [predictor.tokens(text) for text in texts]
         for tokens, tags in zip(sentences, predictor.tags(sentences), strict=True):
-            yield (
-                _json(tokens, tags, "" if predictor.by_character else " ")
-                if as_json
-                else _conll(tokens, tags)
-            )
+            yield (_json(tokens, tags, "" if predictor.by_character else " ") if as_json else _conll(tokens, tags))
 
 
 def _conll(tokens: Sequence[str], tags: Sequence[str]) -> str:

@@ -81,9 +81,7 @@ class Config(RecipeConfig):
 def build(config: Config) -> Task:
     """Reads the data, and makes the encoder and the model."""
     source = config.data
-    splits = data.read(
-        source.name, (source.train, source.dev, source.test), source.token_column, source.tag_column
-    )
+    splits = data.read(source.name, (source.train, source.dev, source.test), source.token_column, source.tag_column)
     limits = {name: (feature.min_count, feature.max_ids) for name, feature in config.model.columns.items()}
     encoder = data.Encoder.fit(splits.train, limits)
     scheme = scheme_of(source, encoder.labels)
