@@ -102,7 +102,7 @@ def compare(
     recipe: Annotated[str, typer.Argument(help="Which system: tagger.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of changed settings.")] = None,
-    sentences: Annotated[int, typer.Option(help="Training examples that each version sees.")] = 16000,
+    sentences: Annotated[int, typer.Option(help="Training examples that each version sees.")] = 12800,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them here (PNG or SVG).")] = None,
 ) -> None:

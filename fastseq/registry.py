@@ -96,6 +96,7 @@ class Op:
         LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIB.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=LIB)
+        self._vmap = _vmap_by_loop(self)
         torch.library.register_vmap(f"{NAMESPACE}::{self.name}", self._vmap, lib=LIB)
         self.torch_op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         OPS[self.name] = self
@@ -128,9 +129,7 @@ class Op:
         functorch understands, and which costs about 55 us less a training step than the dispatcher's way.
         """
         torch.library.register_autograd(f"{NAMESPACE}::{self.name}", backward, setup_context=setup, lib=LIB)
-        members = {"forward": self.run, "setup_context": setup, "backward": backward, "vmap": self._vmap}
-        static = {name: staticmethod(member) for name, member in members.items()}
-        self._function = type(f"Fastseq_{self.name}", (torch.autograd.Function,), static)
+        self._function = _function(self.name, self.run, setup, backward, self._vmap)
         # What Function.apply comes down to outside functorch, less the inspection of the signature (60 us).
         self._direct = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
 
@@ -167,16 +166,55 @@ class Op:
     def _insert(self, backend: Backend) -> None:
         self.backends.insert(len(self.backends) - 2, backend)  # before eager and reference
 
-    def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        """vmap by a loop over the mapped dimension: right for every op, and the ops are batched already."""
+
+def opaque(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A custom op without backends or derivative: `run`, where a compiler or a transform must not look inside."""
+    name = f"{NAMESPACE}::{schema.partition('(')[0]}"
+
+    def no_backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name} has no derivative: for derivatives of this order, use neither torch.compile nor torch.func")
+
+    def run_with_autograd(*args: Any) -> Any:
+        keys = torch._C.DispatchKey  # below the op boundary autograd is switched off; `run` may use it
+        with (
+            torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+            torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        ):
+            return run(*args)
+
+    LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIB.impl(name, run_with_autograd, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=LIB)
+    torch.library.register_autograd(name, no_backward, lib=LIB)
+    op = getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2]).default
+
+    def call(*args: Any) -> Any:
+        return function.apply(*args) if torch._C._are_functorch_transforms_active() else op(*args)
+
+    function = _function(name, run_with_autograd, lambda *_: None, no_backward, _vmap_by_loop(call))
+    return call
+
+
+def _function(name: str, forward: Any, setup_context: Any, backward: Any, vmap: Any) -> Any:
+    """An autograd.Function of these parts: the form that functorch understands."""
+    parts = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
+    return type(name, (torch.autograd.Function,), {key: staticmethod(part) for key, part in parts.items()})
+
+
+def _vmap_by_loop(call: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """vmap by a loop over the mapped dimension: right for every op, and the ops are batched already."""
+
+    def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         slices = (
             [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
             for i in range(info.batch_size)
         )
-        outputs = [self(*s) for s in slices]
+        outputs = [call(*s) for s in slices]
         if isinstance(outputs[0], Tensor):
             return torch.stack(outputs), 0
         return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0,) * len(outputs[0])
+
+    return vmap
 
 
 def is_plain(args: Sequence[Any]) -> bool:

@@ -1,7 +1,7 @@
 // Likelihood and its gradient in the float64 log domain (log_domain.h): for float64, and for the rows that
-// the scaled kernels marked. With gradients an edge costs twice the forward pass and a little: its exps are taken
-// again on the way back, which keeps one step at a time, and each is a multiply-add into K*K sums of the
-// slot.
+// the scaled kernels marked. With gradients an edge costs twice the forward pass and a little: its exps are
+// taken again on the way back, which keeps one step at a time, and each is a multiply-add into K*K sums of
+// the slot.
 #include "log_domain.h"
 
 namespace fastseq::FASTSEQ_ISA {
@@ -109,10 +109,11 @@ R nll_row(const Model<R>& model, const Parameters& p, Tags tags, int64_t b, doub
   const double log_z = empty ? 0.0 : forward(model, p, b, work);
   if (grad) {
     const Writer<R> write{model, *grad, b};
-    const bool usual = !empty && std::isfinite(log_z);
-    write.constant(std::isnan(log_z) ? kNaN : 0.0, work);
+    const bool usual = !empty && std::isfinite(log_z) && weight != 0;
+    const bool invalid = std::isnan(log_z) && weight != 0;
+    write.constant(invalid ? kNaN : 0.0, work);
     if (usual) backward(model, p, tags, b, log_z, weight, work, Slot(sums, model.x.K), write);
-    if (std::isnan(log_z)) std::fill_n(sums, Slot::size(model.x.K), kNaN);
+    if (invalid) std::fill_n(sums, Slot::size(model.x.K), kNaN);
   }
   if (empty || !tags.data) return static_cast<R>(log_z);
   if (log_z == -kInf) return static_cast<R>(kInf);

@@ -184,7 +184,10 @@ Grads crf_nll_grad(const Tensor& emissions, const std::optional<Tensor>& tags,
     nll<R>(in.model(), in.gold, w_data, scale, data<R>(values), &gradient, torch_parallel_for);
     if (!direct) torch::stable::copy_(gx, rows);
     double sum = 0;
-    for (int64_t b = 0; b < B; ++b) sum += double(data<R>(values)[b]) * (w_data ? double(w_data[b]) : 1.0);
+    for (int64_t b = 0; b < B; ++b) {
+      const double weight = w_data ? double(w_data[b]) : 1.0;
+      if (weight != 0) sum += weight * double(data<R>(values)[b]);  // 0 * infinity is 0 here
+    }
     *data<R>(total) = R(B ? scale * sum : 0);
     return {total, gx, ga, gs, ge};
   });

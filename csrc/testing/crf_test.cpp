@@ -319,6 +319,21 @@ void test_ties(int64_t K) {
   }
 }
 
+// Transitions differ much into the first half of the tags, little into the others, and one in the middle is
+// never entered: what bounds how far a tag may be behind and still win (viterbi.h) must look at all columns.
+void test_ruling_out(int64_t K) {
+  Problem p(17, 9, K, Mask::right, unsigned(K));
+  for (int64_t i = 0; i < K * K; ++i) p.transitions[i] *= i % K < K / 2 ? 10 : 0.1f;
+  for (float& x : p.x) x *= 3;
+  context() = "ruling out, K " + std::to_string(K);
+  check_viterbi(p, View(p, Type::f32, Layout::dense));
+  for (int64_t i = 0; i < K; ++i) p.transitions[i * K + K / 2] = kNever;
+  check_viterbi(p, View(p, Type::f32, Layout::dense));
+  p.transitions[K / 2] = 0;
+  p.transitions[K * K - 1] = kNever;
+  check_viterbi(p, View(p, Type::f32, Layout::dense));
+}
+
 // NaN or +inf in a row: its own results are NaN, and the other rows' have the same bits as without it.
 void test_poison(int64_t K) {
   for (float poison : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
@@ -380,6 +395,7 @@ int main() {
     test_constraints(K);
     test_extreme_emissions(K);
     test_ties(K);
+    test_ruling_out(K);
     test_poison(K);
   }
   test_concurrent_calls();

@@ -25,6 +25,9 @@ from fastseq.recipes.loading import EpochBatches
 from fastseq.recipes.task import Batch, Task
 from fastseq.recipes.train import learning_rate, make_optimizer
 
+STEPS_A_TURN = 3
+"""Few enough that a disturbance hits every variant, and enough to pay for the caches that the one before left cold."""
+
 
 @dataclass
 class Variant:
@@ -36,7 +39,7 @@ class Variant:
         train: the settings; `buckets` and `fused` are levers.
         total_steps: of the learning rate's schedule.
         bf16: run the forward pass under bf16 autocast.
-        seconds: of each chunk that was timed.
+        seconds: of each turn that was timed.
         examples: trained on in those.
         steps: done in those.
     """
@@ -86,45 +89,48 @@ class Variant:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def timed_chunk(self, task: Task, indices: Sequence[int], seed: int) -> None:
-        """Trains on the examples and adds to the figures; making the batches counts."""
+    def timed_steps(self, batches: Sequence[Batch]) -> None:
+        """Trains on the batches and adds to the figures."""
         start = time.perf_counter()
-        for batch in self.batches(task, indices, seed):
+        for batch in batches:
             self.step(batch)
-            self.steps += 1
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
-        self.examples += len(indices)
+        self.steps += len(batches)
+        self.examples += sum(len(next(iter(batch.values()))) for batch in batches)
 
     @property
     def rate(self) -> float:
-        """Examples a second, over the chunks."""
+        """Examples a second, over the turns."""
         return self.examples / sum(self.seconds)
 
     @property
     def step_ms(self) -> float:
-        """Milliseconds a step, over the chunks."""
+        """Milliseconds a step, over the turns."""
         return 1e3 * sum(self.seconds) / self.steps
 
 
-def take_turns(variants: Sequence[Variant], task: Task, order: Sequence[int], chunk: int, warm: int = 0) -> None:
-    """Trains every variant on the same examples, a chunk each in turn; who goes first changes every round.
+def take_turns(variants: Sequence[Variant], task: Task, order: Sequence[int], pool: int, warm: int = 0) -> None:
+    """Trains every variant on the same examples, a few steps each in turn; who goes first changes every round.
 
     Args:
         variants: to be trained and timed.
         task: with the examples.
         order: indices of the training examples.
-        chunk: examples in a turn.
+        pool: examples that are batched together, by each variant in its own way.
         warm: the first examples, which are trained on but not timed: kernels and allocators warm up.
     """
     for variant in variants:
         for batch in variant.batches(task, order[:warm], 0):
             variant.step(batch)
-    for round_, start in enumerate(range(warm, len(order), chunk)):
-        first = round_ % len(variants)
-        for variant in [*variants[first:], *variants[:first]]:
-            variant.timed_chunk(task, order[start : start + chunk], round_)
+    for start in range(warm, len(order), pool):
+        plans = [list(variant.batches(task, order[start : start + pool], start)) for variant in variants]
+        turns = range(0, len(plans[0]), STEPS_A_TURN)
+        for round_, first in enumerate(turns):
+            for i in range(len(variants)):
+                k = (round_ + i) % len(variants)
+                variants[k].timed_steps(plans[k][first : first + STEPS_A_TURN])
 
 
 def seconds(call: Callable[[], object], variant: Variant) -> float:

@@ -41,26 +41,20 @@ def samples_of(op: Op, dtype: torch.dtype = torch.float64, seed: int = SEED) -> 
     return list(sample_inputs(op, dtype=dtype, seed=seed))
 
 
-def ordinary(
-    op: Op, dtype: torch.dtype = torch.float64, count: int = 3, seed: int = SEED
-) -> list[tuple[Any, ...]]:
+def ordinary(op: Op, dtype: torch.dtype = torch.float64, count: int = 3, seed: int = SEED) -> list[tuple[Any, ...]]:
     """A few small finite samples that are not empty, of as many kinds (masked, strided) as there are."""
     kinds: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for args in samples_of(op, dtype, seed):
         tensors = [a for a in args if isinstance(a, Tensor)]
         small = all(0 < t.numel() <= 80 and t.shape[0] > 1 for t in tensors)
         if small and all(bool((t.double().abs() < 50).all()) for t in tensors):
-            kinds.setdefault(
-                tuple(a is None or (isinstance(a, Tensor) and a.is_contiguous()) for a in args), args
-            )
+            kinds.setdefault(tuple(a is None or (isinstance(a, Tensor) and a.is_contiguous()) for a in args), args)
     return list(kinds.values())[-count:]
 
 
 def leaves(args: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
     """The arguments, floats requiring grad; and those."""
-    copies = tuple(
-        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-    )
+    copies = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     return copies, [a for a in copies if isinstance(a, Tensor) and a.requires_grad]
 
 
@@ -143,9 +137,7 @@ def test_vmap(op: Op) -> None:
     assert describe(one) == describe(two)
     tensors = [i for i, a in enumerate(one) if isinstance(a, Tensor)]
     for mapped in (tensors, tensors[:1]):
-        both = tuple(
-            torch.stack([a, b]) if i in mapped else a for i, (a, b) in enumerate(zip(one, two, strict=True))
-        )
+        both = tuple(torch.stack([a, b]) if i in mapped else a for i, (a, b) in enumerate(zip(one, two, strict=True)))
         dims = tuple(0 if i in mapped else None for i in range(len(one)))
         got = torch.vmap(op, dims)(*both)
         loop = [
@@ -205,9 +197,7 @@ def test_autocast_changes_nothing(op: Op) -> None:
 @each
 def test_strides_do_not_matter(op: Op) -> None:
     for args in ordinary(op, torch.float32):
-        strided = tuple(
-            torch.stack([a, a], -1)[..., 0] if isinstance(a, Tensor) and a.dim() else a for a in args
-        )
+        strided = tuple(torch.stack([a, a], -1)[..., 0] if isinstance(a, Tensor) and a.dim() else a for a in args)
         compare(op(*strided), op(*args), 1e-6)
 
 
@@ -215,9 +205,7 @@ def test_strides_do_not_matter(op: Op) -> None:
 def test_a_forced_backend_never_falls_back(name: str) -> None:
     args = next(sample_inputs(name))
     refused = [
-        b
-        for b in OPS[name].backends
-        if b.refusal(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+        b for b in OPS[name].backends if b.refusal(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
     ]
     assert "reference" in [b.name for b in refused]  # it is for CPUs
     for b in refused:

@@ -32,9 +32,7 @@ def toy() -> Iterator[Op]:
         fake=lambda x, factor: torch.empty_like(x),
         samples=_samples,
     )
-    small = needs(
-        device="cpu", dtype=(torch.float32,), limits=lambda x, factor: "too long" if len(x) > 4 else None
-    )
+    small = needs(device="cpu", dtype=(torch.float32,), limits=lambda x, factor: "too long" if len(x) > 4 else None)
     op.backends.insert(0, Backend("cpu", _made_by("cpu"), small))
     op.lazy("triton", "fastseq.nowhere:scale", needs(device="cuda"), lambda: "there is no triton here")
     yield op

@@ -34,6 +34,7 @@ conceivable path with it is 30 nats below log Z). Marked rows are done again, ex
 - A row with no position on: nll 0, entropy 0, an empty path with score 0, gradient 0.
 - -inf forbids. A row in which nothing is possible has log Z = -inf and nll = +inf, with gradient 0; a row in which only its
   `tags` are impossible has nll = +inf and the gradient of any other row: expected minus observed.
+- A row of weight 0 has no part in a sum or a gradient, whatever it holds.
 - NaN or +inf in a row makes that row's results NaN, and no other's (`transitions` touch every row).
 - A tag id outside [0, K) that is not -100 raises ValueError, on a CPU; on other devices it is not looked at.
 """
@@ -46,7 +47,7 @@ import torch
 from torch import Tensor
 
 from fastseq.ops.crf import eager, reference, samples
-from fastseq.registry import Op, is_plain, needs
+from fastseq.registry import Op, is_plain, needs, opaque
 
 __all__ = ["entropy", "nbest", "nll", "nll_grad", "nll_total", "sample", "token_nll", "viterbi"]
 
@@ -100,8 +101,8 @@ def _fake_nll_grad(
     weights: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    total = torch.empty_like(start[0])
-    return total, torch.empty_like(emissions), *(torch.empty_like(p) for p in (transitions, start, end))
+    parameters = (p.new_empty(p.shape) for p in (transitions, start, end))
+    return start.new_empty(()), torch.empty_like(emissions), *parameters
 
 
 nll_grad = Op(
@@ -120,12 +121,30 @@ def _nll_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*inputs[:7], *output[1:])
 
 
+def _double_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Below the op boundary: (grad_total, 4 grad_grads, the 7 tensors of nll_grad, scale) -> 5 gradients."""
+    found = eager.double_backward(args[5:12], args[12], args[0], args[1:5])
+    weights = found[6] if found[6] is not None else args[8].new_zeros(args[5].shape[0])
+    return found[0], *found[3:6], weights
+
+
+_opaque_double_backward = opaque(
+    "crf_nll_grad_backward(Tensor? grad_total, Tensor? grad_x, Tensor? grad_a, Tensor? grad_s, Tensor? grad_e, "
+    f"{_PATHS}, Tensor? weights, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _double_backward,
+    lambda *args: (*(a.new_empty(a.shape) for a in (args[5], *args[8:11])), args[8].new_empty(args[5].shape[0])),
+)
+
+
 def _nll_grad_backward(ctx: Any, grad_total: Tensor | None, *grad_grads: Tensor | None) -> tuple[Any, ...]:
     """Of the total: the gradients at hand, times grad_total. Of the gradients: the double backward, by `eager`."""
     *inputs, grad_x, grad_a, grad_s, grad_e = ctx.saved_tensors
     weights = inputs[6]
     if any(g is not None for g in grad_grads):
-        return *eager.double_backward(inputs, ctx.scale, grad_total, grad_grads), None
+        if torch.is_grad_enabled() and is_plain((grad_total, *grad_grads, *inputs)):
+            return *eager.double_backward(inputs, ctx.scale, grad_total, grad_grads), None
+        x, a, s, e, w = _opaque_double_backward(grad_total, *grad_grads, *inputs, ctx.scale)
+        return x, None, None, a, s, e, w if weights is not None else None, None
     if grad_total is None:
         return (None,) * 8
     if torch.is_grad_enabled():  # create_graph: what is at hand has no graph, so have it computed by an op that does
@@ -175,11 +194,29 @@ def nll_total(*args: Any) -> Tensor:
 def _differentiate_eagerly(op: Op, differentiable: Any) -> None:
     """Give `op` a backward pass that runs its plain-torch form again under autograd."""
 
+    def floats(inputs: Any) -> list[int]:
+        return [i for i, t in enumerate(inputs) if t is not None and t.is_floating_point()]
+
+    def run(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        found = eager.pull_back(differentiable, inputs, grad)
+        return tuple(torch.zeros_like(inputs[i]) if found[i] is None else found[i] for i in floats(inputs))
+
+    arguments = op.schema.partition("(")[2].partition(")")[0]
+    hidden = opaque(
+        f"{op.name}_backward(Tensor grad, {arguments}) -> (Tensor, Tensor, Tensor, Tensor)",
+        run,
+        lambda grad, *inputs: tuple(inputs[i].new_empty(inputs[i].shape) for i in floats(inputs)),
+    )
+
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return eager.pull_back(differentiable, ctx.saved_tensors, grad)
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled() and is_plain((grad, *inputs)):  # create_graph: differentiable again
+            return eager.pull_back(differentiable, inputs, grad)
+        found = dict(zip(floats(inputs), hidden(grad, *inputs), strict=True))
+        return tuple(found.get(i) for i in range(len(inputs)))
 
     op.autograd(setup=setup, backward=backward)
 

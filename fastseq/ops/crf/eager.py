@@ -69,8 +69,8 @@ def nll_grad(
     total = (rows * weights).masked_fill_(weights * scale == 0, 0).sum().mul_(scale).to(start.dtype)
     firsts = counts.index_select(0, packing.index[: packing.alive]).sum(0)
     lasts = counts.index_select(0, packing.index.index_select(0, packing.last)).sum(0)
-    x, a = _laid_out(counts.view(emissions.shape), emissions), _laid_out(pairs, transitions)
-    return total, x, a, firsts, lasts
+    x = _laid_out(counts.view(emissions.shape), emissions)
+    return total, x, pairs.to(transitions.dtype).contiguous(), firsts, lasts
 
 
 def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from fastseq.recipes.tagger.recipe import Config, build
 from fastseq.recipes.task import Batch, Task
 from fastseq.recipes.train import wants_bf16
 
-CHUNK = 960
-"""Training sentences in a turn of the lever runs: enough for the buckets to find like lengths."""
+POOL = 960
+"""Training sentences that are batched together: enough for the buckets to find like lengths."""
 
 ROUNDS = 3
 PAIRS = 60
@@ -70,7 +70,9 @@ class Comparison:
         return self._variant(name, model, buckets=True, fused=fused, bf16=bf16)
 
     def _variant(self, name: str, model: nn.Module, *, buckets: bool, fused: bool, bf16: bool = False) -> Variant:
-        train: TrainConfig = self.config.train.model_copy(update={"buckets": buckets, "fused": fused})
+        warmup = min(self.config.train.warmup_steps, self.steps // 10)  # a short budget has a short warmup
+        changes = {"buckets": buckets, "fused": fused, "warmup_steps": warmup}
+        train: TrainConfig = self.config.train.model_copy(update=changes)
         torch.manual_seed(self.config.seed)
         return Variant(name, model, train, self.steps, bf16)
 
@@ -84,9 +86,9 @@ class Comparison:
             self.fast("+ bf16 LSTM", bf16=True),
             self.fast("+ fused optimizer", bf16=True, fused=True),
         ]
-        chunk = min(CHUNK, len(self.task.train))
-        order = self._order(chunk // 5 + ROUNDS * chunk)
-        take_turns(variants, self.task, order, chunk, warm=chunk // 5)
+        pool = min(POOL, len(self.task.train))
+        order = self._order(pool // 5 + ROUNDS * pool)
+        take_turns(variants, self.task, order, pool, warm=pool // 5)
         sample = order[: 8 * self.config.train.batch_size]
         rows = []
         for i, variant in enumerate(variants):
@@ -130,7 +132,7 @@ class Comparison:
     def quality(self, bf16: bool, fused: bool) -> list[dict[str, Any]]:
         """Trains both versions on the whole budget, in turns, and scores them."""
         variants = [self.plain("plain"), self.fast("fastseq", bf16=bf16, fused=fused)]
-        take_turns(variants, self.task, self._order(self.sentences), CHUNK * 2)
+        take_turns(variants, self.task, self._order(self.sentences), POOL * 2)
         rows = []
         for variant in variants:
             variant.model.eval()
@@ -211,7 +213,9 @@ def compare(config: Config, sentences: int) -> dict[str, Any]:
 def show(figures: dict[str, Any], console: Console) -> None:
     """Prints the figures as tables."""
     console.print(_levers_table(figures["title"], figures["levers"]))
-    console.print("Plain is pytorch-crf, random batches padded to the longest, fp32 and torch's Adam; levers add up.")
+    console.print(
+        "Per step. Plain is pytorch-crf, random batches padded to the longest, fp32 and torch's Adam; levers add up."
+    )
     share, kept = figures["crf_share_of_step"], figures["kept"]
     console.print(
         f"The two plain runs disagree by {100 * figures['control_disagreement']:.1f} %: "
@@ -235,7 +239,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
 def _levers_table(title: str, levers: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=title)
     table.add_column("one lever at a time", no_wrap=True)
-    for name in ("sentences/s", "ms/step", "gain", "in all", "ops/step", "peak MB"):
+    for name in ("sent/s", "ms", "gain", "in all", "ops", "peak MB"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, lever in enumerate(levers):
         table.add_row(
@@ -253,7 +257,7 @@ def _levers_table(title: str, levers: Sequence[dict[str, Any]]) -> Table:
 def _quality_table(rows: Sequence[dict[str, Any]]) -> Table:
     score = next(iter(rows[0]["dev"]))
     table = Table(title=f"the same {rows[0]['examples']} training sentences, the same first weights")
-    names = ("", "train s", "sentences/s", "ms/step", f"dev {score}", f"test {score}", "scoring s")
+    names = ("", "train s", "sent/s", "ms/step", f"dev {score}", f"test {score}", "scoring s")
     for i, name in enumerate(names):
         table.add_column(name, justify="right" if i else "left")
     for row in rows:
