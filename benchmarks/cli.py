@@ -91,9 +91,7 @@ def _run(options: argparse.Namespace) -> int:
         effort = dataclasses.replace(effort, budget_s=options.budget)
     old = results.load(options.compare) if options.compare else None
     if options.plot and options.plot.suffix not in plot.FORMATS:  # not after minutes of measuring
-        raise UsageError(
-            f"--plot: got {options.plot.name!r}, wanted a name that ends in {' or '.join(plot.FORMATS)}"
-        )
+        raise UsageError(f"--plot: got {options.plot.name!r}, wanted a name that ends in {' or '.join(plot.FORMATS)}")
     torch.set_num_threads(options.threads)
     kept = ("family", "suite", "shape", "quick", "budget", "threads", "device", "dtype", "seed")
     new = Report(machine.describe(options.device), {name: getattr(options, name) for name in kept})
@@ -121,9 +119,7 @@ def _finish(new: Report, old: Report | None, options: argparse.Namespace) -> int
         try:
             plot.draw(new, options.plot)
         except ImportError:
-            raise UsageError(
-                "--plot: matplotlib is not installed: pip install 'fastseq-kernels[bench]'"
-            ) from None
+            raise UsageError("--plot: matplotlib is not installed: pip install 'fastseq-kernels[bench]'") from None
     regressions = 0
     if old is not None:
         for line in report.differing(old, new):
@@ -174,9 +170,7 @@ def _select(family: ModuleType, options: argparse.Namespace) -> tuple[list[Any],
 
 def _shape(text: str, letters: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if len(parts) != len(letters.split(",")) or not all(
-        part.strip().isdigit() and int(part) for part in parts
-    ):
+    if len(parts) != len(letters.split(",")) or not all(part.strip().isdigit() and int(part) for part in parts):
         raise UsageError(f"--shape: got {text!r}, wanted {letters}, each at least 1, as in 32,64,9")
     return tuple(int(part) for part in parts)
 

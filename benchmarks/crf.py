@@ -84,9 +84,7 @@ def _peer(inputs: Inputs) -> tuple[nn.Module | None, str]:
     return _load(module.CRF(inputs.shape[2], batch_first=True), inputs).to(inputs.emissions.dtype), ""
 
 
-def _training_step(
-    crf: nn.Module, inputs: Inputs
-) -> tuple[Callable[[], Tensor], Callable[[], dict[str, Tensor]]]:
+def _training_step(crf: nn.Module, inputs: Inputs) -> tuple[Callable[[], Tensor], Callable[[], dict[str, Tensor]]]:
     """(a call: the loss, then its gradients; the same call, giving them by name)."""
     x = inputs.emissions.clone().requires_grad_()
     tags, mask = inputs.tags, inputs.mask
@@ -115,9 +113,7 @@ def _forced(backend: str, grad: bool) -> Iterator[None]:
         yield
 
 
-def _fastseq(
-    op: str, device: str, call: Callable[[], Any], result: Callable[[], Any], grad: bool
-) -> list[Rival]:
+def _fastseq(op: str, device: str, call: Callable[[], Any], result: Callable[[], Any], grad: bool) -> list[Rival]:
     """The same fastseq call on each backend that `op` has for this device."""
     others = {"cpu", "cuda"} - {device}
     return [

@@ -39,9 +39,7 @@ def draw(report: Report, path: Path) -> None:
     }
     with plt.rc_context(style):
         height = 3.5 * len(suites) + 0.4
-        figure, axes = plt.subplots(
-            len(suites), 1, figsize=(8.6, height), squeeze=False, layout="constrained"
-        )
+        figure, axes = plt.subplots(len(suites), 1, figsize=(8.6, height), squeeze=False, layout="constrained")
         for axis, (suite, cases) in zip(axes[:, 0], suites.items(), strict=True):
             _panel(axis, suite, cases)
         machine = report.machine
@@ -80,9 +78,7 @@ def _panel(axis: Any, suite: str, cases: list[CaseResult]) -> None:
             label = None  # once in the legend
             if name in case.goals:
                 goal = case.goals[name]
-                axis.plot(
-                    [x - width / 2, x + width / 2], [goal, goal], color=INK, lw=1.4, ls=(0, (2, 1)), zorder=4
-                )
+                axis.plot([x - width / 2, x + width / 2], [goal, goal], color=INK, lw=1.4, ls=(0, (2, 1)), zorder=4)
     goals = [goal for case in cases for name, goal in case.goals.items() if name in names]
     if goals:
         axis.plot([], [], color=INK, lw=1.4, ls=(0, (2, 1)), label="goal")
@@ -100,9 +96,7 @@ def _panel(axis: Any, suite: str, cases: list[CaseResult]) -> None:
     axis.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1.0, 1.0))
 
 
-def _bar(
-    axis: Any, x: float, width: float, rival: RivalResult, colour: str, label: str | None, alpha: float
-) -> None:
+def _bar(axis: Any, x: float, width: float, rival: RivalResult, colour: str, label: str | None, alpha: float) -> None:
     s = rival.speedup
     if s is None:
         return
@@ -121,9 +115,7 @@ def _bar(
         fontsize=8,
         zorder=5,
     )
-    text.set_path_effects(
-        [patheffects.withStroke(linewidth=2.5, foreground="white")]
-    )  # legible across a goal line
+    text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])  # legible across a goal line
 
 
 def _label(case: CaseResult) -> str:

@@ -134,9 +134,7 @@ def compare(old: Report, new: Report) -> tuple[Table, int]:
             times = [_time(r.seconds) if r.seconds else r.note for r in (a, rival)]
             both = f"{rival.seconds.median / a.seconds.median:.3f}" if a.seconds and rival.seconds else ""
             name = f"{case.family} {case.suite} {case.shape}"
-            table.rows.append(
-                [name, rival.name, *times, both, _ratio(a.speedup), _ratio(rival.speedup), word]
-            )
+            table.rows.append([name, rival.name, *times, both, _ratio(a.speedup), _ratio(rival.speedup), word])
     return table, regressions
 
 

@@ -1,11 +1,11 @@
 """fastseq: compiled sequence layers for PyTorch, with a fallback to pure PyTorch that is itself fast.
 
-    fastseq.nn             modules: CRF, tag_constraints
-    fastseq.functional     the same without a module
-    fastseq.ops            tensors in, tensors out; torch.ops.fastseq.*
-    fastseq.use("eager")   force a backend;  fastseq.explain(op, *args)  says why one was or was not chosen
-    fastseq.patch(model)   swap what fastseq knows inside any module tree;  fastseq.unpatch(model)
-    fastseq.info()         versions, libraries, and the op x backend table
+fastseq.nn             modules: CRF, tag_constraints
+fastseq.functional     the same without a module
+fastseq.ops            tensors in, tensors out; torch.ops.fastseq.*
+fastseq.use("eager")   force a backend;  fastseq.explain(op, *args)  says why one was or was not chosen
+fastseq.patch(model)   swap what fastseq knows inside any module tree;  fastseq.unpatch(model)
+fastseq.info()         versions, libraries, and the op x backend table
 """
 
 from __future__ import annotations

@@ -138,6 +138,7 @@ class Op:
         LIB.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
 
     def __call__(self, *args: Any) -> Any:
+        """Run the op; differentiable if it has a derivative."""
         if not is_plain(args):
             functorch = self._function is not None and torch._C._are_functorch_transforms_active()
             return self._function.apply(*args) if functorch else self.torch_op(*args)
@@ -172,7 +173,9 @@ def opaque(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     name = f"{NAMESPACE}::{schema.partition('(')[0]}"
 
     def no_backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{name} has no derivative: for derivatives of this order, use neither torch.compile nor torch.func")
+        raise RuntimeError(
+            f"{name} has no derivative: for derivatives of this order, use neither torch.compile nor torch.func"
+        )
 
     def run_with_autograd(*args: Any) -> Any:
         keys = torch._C.DispatchKey  # below the op boundary autograd is switched off; `run` may use it
@@ -191,18 +194,20 @@ def opaque(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     def call(*args: Any) -> Any:
         return function.apply(*args) if torch._C._are_functorch_transforms_active() else op(*args)
 
-    function = _function(name, run_with_autograd, lambda *_: None, no_backward, _vmap_by_loop(call))
+    function: Any = _function(name, run_with_autograd, lambda *_: None, no_backward, _vmap_by_loop(call))
     return call
 
 
 def _function(name: str, forward: Any, setup_context: Any, backward: Any, vmap: Any) -> Any:
     """An autograd.Function of these parts: the form that functorch understands."""
     parts = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
-    return type(name, (torch.autograd.Function,), {key: staticmethod(part) for key, part in parts.items()})
+    return type(
+        name.replace("::", "_"), (torch.autograd.Function,), {key: staticmethod(part) for key, part in parts.items()}
+    )
 
 
 def _vmap_by_loop(call: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """vmap by a loop over the mapped dimension: right for every op, and the ops are batched already."""
+    """Vmap by a loop over the mapped dimension: right for every op, and the ops are batched already."""
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         slices = (
@@ -218,7 +223,7 @@ def _vmap_by_loop(call: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
 
 
 def is_plain(args: Sequence[Any]) -> bool:
-    """No compiler, functorch transform, dispatch mode or tensor subclass is involved: the dispatcher would add only time."""
+    """No compiler, transform, dispatch mode or tensor subclass is involved: the dispatcher would add only time."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()

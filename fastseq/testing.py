@@ -100,12 +100,7 @@ def compare(got: Any, wanted: Any, tolerance: float | None = None) -> None:
         if not isinstance(w, Tensor):
             assert g == w
             continue
-        if (
-            not w.is_floating_point()
-            and w.dtype != torch.bool
-            and len(scores) == 1
-            and scores[0].dim() < w.dim()
-        ):
+        if not w.is_floating_point() and w.dtype != torch.bool and len(scores) == 1 and scores[0].dim() < w.dim():
             unsure = scores[0].isnan()[(...,) + (None,) * (w.dim() - scores[0].dim())]
             g, w = g.masked_fill(unsure, 0), w.masked_fill(unsure, 0)
         limit = TOLERANCES.get(w.dtype, 0.0) if tolerance is None else tolerance

@@ -26,9 +26,7 @@ Model = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
 """emissions, mask, transitions, start, end: a CRF's arguments, in the order and the dtypes of the ops."""
 
 
-def check_model(
-    emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, mask: Tensor | None
-) -> Model:
+def check_model(emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, mask: Tensor | None) -> Model:
     """Check a CRF's arguments; convert what has another dtype.
 
     Args:
@@ -47,10 +45,7 @@ def check_model(
             and start.shape == tags == end.shape
             and transitions.dtype == start.dtype == end.dtype == working
             and transitions.device == start.device == end.device == device
-            and (
-                mask is None
-                or (mask.shape == shape[:2] and mask.dtype == torch.bool and mask.device == device)
-            )
+            and (mask is None or (mask.shape == shape[:2] and mask.dtype == torch.bool and mask.device == device))
         )
     except (AttributeError, KeyError):  # not a tensor, or of a dtype that is not in WORKING
         ready = False
@@ -121,9 +116,7 @@ def expect(
         raise ValueError(f"{name}: got a tensor on {x.device}, wanted {emissions.device}, where emissions is")
 
 
-def _complain(
-    emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, mask: Tensor | None
-) -> None:
+def _complain(emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, mask: Tensor | None) -> None:
     """Raise the error that says what is wrong with a CRF's arguments, beyond dtypes to convert."""
     if isinstance(emissions, Tensor) and emissions.dim() != 3:
         got = tuple(emissions.shape)
@@ -134,9 +127,7 @@ def _complain(
     expect("start", start, "(K,)", (k,), emissions)
     expect("end", end, "(K,)", (k,), emissions)
     if mask is not None:
-        expect(
-            "mask", mask, "(B, T), batch first,", emissions.shape[:2], emissions, (torch.bool, torch.uint8)
-        )
+        expect("mask", mask, "(B, T), batch first,", emissions.shape[:2], emissions, (torch.bool, torch.uint8))
 
 
 def _same_precision(emissions: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:

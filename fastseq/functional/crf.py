@@ -84,7 +84,7 @@ def crf_log_likelihood(
         # which a float argument of an op would turn into a constant.
         divided = reduction == "mean" and not torch.compiler.is_compiling()
         scale = 1.0 / max(tags.shape[0], 1) if divided else 1.0
-        total = -ops.nll_total(emissions, tags, mask, transitions, start, end, None, scale)
+        total = ops.log_likelihood(emissions, tags, mask, transitions, start, end, None, scale)
         done = divided or reduction == "sum"
         return total if done else total / _count(tags, mask, reduction, partial)
     else:
@@ -183,9 +183,7 @@ def crf_marginals(
     Source: Sutton & McCallum 2012, section 4.1.
     """
     emissions, mask, transitions, start, end = check_model(emissions, transitions, start, end, mask)
-    emissions = emissions.to(
-        transitions.dtype
-    )  # the op's gradient has its input's dtype, and half is too coarse
+    emissions = emissions.to(transitions.dtype)  # the op's gradient has its input's dtype, and half is too coarse
     return cast(Tensor, ops.nll_grad(emissions, None, mask, transitions, start, end, None, 1.0)[1])
 
 

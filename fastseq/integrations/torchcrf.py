@@ -43,9 +43,7 @@ class CRF(nn.CRF):
         self._validate(emissions, tags, mask)
         if reduction not in ("none", "sum", "mean", "token_mean"):
             raise ValueError(f"invalid reduction: {reduction}")
-        return super().forward(
-            emissions, tags, mask, reduction, token_weights=token_weights, tag_weights=tag_weights
-        )
+        return super().forward(emissions, tags, mask, reduction, token_weights=token_weights, tag_weights=tag_weights)
 
     def decode(self, emissions: Tensor, mask: Tensor | None = None) -> list[list[int]]:
         """The best path of each row as a list of tag ids. See `fastseq.nn.CRF.decode`.
@@ -62,16 +60,13 @@ class CRF(nn.CRF):
         if emissions.dim() != 3:
             raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
         if emissions.size(2) != self.num_tags:
-            raise ValueError(
-                f"expected last dimension of emissions is {self.num_tags}, got {emissions.size(2)}"
-            )
+            raise ValueError(f"expected last dimension of emissions is {self.num_tags}, got {emissions.size(2)}")
         leading = tuple(emissions.shape[:2])
         for name, x in (("tags", tags), ("mask", mask)):
             partial = name == "tags" and x is not None and x.shape == emissions.shape  # not in pytorch-crf
             if x is not None and not partial and tuple(x.shape) != leading:
                 raise ValueError(
-                    f"the first two dimensions of emissions and {name} must match, "
-                    f"got {leading} and {tuple(x.shape)}"
+                    f"the first two dimensions of emissions and {name} must match, got {leading} and {tuple(x.shape)}"
                 )
         if mask is not None and not (mask[:, 0] if self.batch_first else mask[0]).all():
             raise ValueError("mask of the first timestep must all be on")

@@ -29,9 +29,7 @@ class _Scheme(NamedTuple):
 
 _SCHEMES = {
     "BIO": _Scheme("BIO", heads="BI", tails="I", closed=False),
-    "IOB1": _Scheme(
-        "BIO", heads="BI", tails="B", closed=False
-    ),  # B only parts two spans of a type that touch
+    "IOB1": _Scheme("BIO", heads="BI", tails="B", closed=False),  # B only parts two spans of a type that touch
     "BIOES": _Scheme("BIOES", heads="BI", tails="IE", closed=True),
     "BILOU": _Scheme("BILOU", heads="BI", tails="IL", closed=True),
     "BMES": _Scheme("BMESO", heads="BM", tails="ME", closed=True),

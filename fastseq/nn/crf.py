@@ -219,9 +219,7 @@ class CRF(nn.Module):
             end = torch.where(allowed["allowed_end"], end, -math.inf)
         return transitions, start, end
 
-    def allow(
-        self, transitions: Tensor | None = None, start: Tensor | None = None, end: Tensor | None = None
-    ) -> None:
+    def allow(self, transitions: Tensor | None = None, start: Tensor | None = None, end: Tensor | None = None) -> None:
         """Set the constraints anew; None allows all.
 
         Args:

@@ -15,15 +15,11 @@ def around(value: float) -> Estimate:
 
 
 def sample_report() -> Report:
-    peer = RivalResult(
-        "peer", "", True, 1e-3, around(1e-1), around(1.0), around(0.01), 3341, 5_000_000, 9_000_000
-    )
+    peer = RivalResult("peer", "", True, 1e-3, around(1e-1), around(1.0), around(0.01), 3341, 5_000_000, 9_000_000)
     ours = RivalResult("ours", "", True, 1e-7, around(1e-3), around(100.0), around(0.6), 9, 150_000, 160_000)
     wrong = RivalResult("wrong", "wrong: error 1.0e+00, allowed 1.0e-04", False, 1.0)
     probe = RivalResult("probe", seconds=around(2e-5))
-    case = CaseResult(
-        "crf", "loss", "B,T,K", "32,64,9", "float32", "cpu", "peer", 20, around(1.0), True, 1e11
-    )
+    case = CaseResult("crf", "loss", "B,T,K", "32,64,9", "float32", "cpu", "peer", 20, around(1.0), True, 1e11)
     case.goals = {"ours": 90.0}
     case.rivals = [peer, ours, wrong, probe]
     return Report({"cpu": "some", "cores": 2}, {"quick": True}, [case], [Table("t", ["a"], [["1"]])])
@@ -106,9 +102,7 @@ def test_the_table_says_what_was_refused_and_which_goal_was_met() -> None:
     assert report.case_table(case).rows[1][4] == "90x not judged"
 
 
-def test_plain_and_rich_tables_print(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_and_rich_tables_print(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     report.print_table(report.case_table(sample_report().cases[0]))
     monkeypatch.setenv("COLUMNS", "300")
     report.print_table(report.case_table(sample_report().cases[0]))

@@ -117,9 +117,7 @@ def verdict(monkeypatch: pytest.MonkeyPatch, control: float) -> bool:
     return run_case(case(Rival("A", lambda: 1.0)), THREE_ROUNDS).judged
 
 
-@pytest.mark.parametrize(
-    ("control", "judged"), [(1.0, True), (1.09, True), (0.92, True), (1.2, False), (0.8, False)]
-)
+@pytest.mark.parametrize(("control", "judged"), [(1.0, True), (1.09, True), (0.92, True), (1.2, False), (0.8, False)])
 def test_a_control_that_disagrees_means_not_judged(
     monkeypatch: pytest.MonkeyPatch, control: float, judged: bool
 ) -> None:

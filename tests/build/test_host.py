@@ -26,9 +26,7 @@ LIMITS = st.one_of(
 @needs_module
 @settings(max_examples=300, deadline=None)
 @given(LENGTHS, LIMITS, SEEDS, WINDOWS)
-def test_both_implementations_agree(
-    lengths: list[int], limits: dict[str, Any], seed: int, window: int | None
-) -> None:
+def test_both_implementations_agree(lengths: list[int], limits: dict[str, Any], seed: int, window: int | None) -> None:
     compiled = host.bucket_batches(lengths, seed=seed, window=window, **limits)
     module, host._host = host._host, None  # type: ignore[assignment]
     try:
@@ -82,9 +80,7 @@ def test_one_window_pads_least(lengths: list[int]) -> None:
 def test_less_padding_than_at_random() -> None:
     lengths = np.random.default_rng(0).geometric(0.05, 5000)
     at_random = np.array_split(np.random.default_rng(1).permutation(5000), 5000 // 32)
-    waste = [
-        host.padding_waste(lengths, host.bucket_batches(lengths, 32, 0, window=w)) for w in (None, 100, 10, 1)
-    ]
+    waste = [host.padding_waste(lengths, host.bucket_batches(lengths, 32, 0, window=w)) for w in (None, 100, 10, 1)]
     assert waste == sorted(waste)
     assert waste[1] < 0.05 < 0.6 < host.padding_waste(lengths, at_random)
 

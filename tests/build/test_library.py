@@ -68,9 +68,7 @@ def test_report() -> None:
     found = _info.report()
     assert set(found) == {"versions", "machine", "build", "libraries", "ops"}
     assert not [name for name, section in found.items() if "error" in section]
-    assert (
-        found["ops"]["crf_nll" if "crf_nll" in found["ops"] else next(iter(found["ops"]))]["eager"] == "yes"
-    )
+    assert found["ops"]["crf_nll" if "crf_nll" in found["ops"] else next(iter(found["ops"]))]["eager"] == "yes"
 
 
 def test_info_prints_without_warnings() -> None:

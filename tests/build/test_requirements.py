@@ -45,9 +45,7 @@ def test_torch_requirement_is_the_package_s(native: ModuleType) -> None:
     assert native.torch_requirement().startswith("torch>=2.13")
 
 
-@pytest.mark.parametrize(
-    ("there", "wanted"), [(True, []), (False, ["torch>=2.13,<2.15", "cmake>=3.24", "ninja"])]
-)
+@pytest.mark.parametrize(("there", "wanted"), [(True, []), (False, ["torch>=2.13,<2.15", "cmake>=3.24", "ninja"])])
 def test_requires_only_what_is_missing(
     native: ModuleType, monkeypatch: pytest.MonkeyPatch, there: bool, wanted: list[str]
 ) -> None:
@@ -110,9 +108,7 @@ def test_jobs(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.jobs() <= (os.cpu_count() or 1)
 
 
-def test_record_of_a_build_of_nothing(
-    native: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_record_of_a_build_of_nothing(native: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "lib").mkdir()
     old = tmp_path / "lib" / "libfastseq_cpu.so"
     old.write_text("from an earlier build")
@@ -128,9 +124,7 @@ def test_a_failed_compile(native: ModuleType, monkeypatch: pytest.MonkeyPatch, t
     """Left out in auto, with the compiler's own first error; an error in cpu."""
 
     def fail(package: Path, scratch: Path, record: object) -> None:
-        native._run(
-            "compiling", [sys.executable, "-c", "print('x.cpp:3: error: no such thing'); raise SystemExit(1)"]
-        )
+        native._run("compiling", [sys.executable, "-c", "print('x.cpp:3: error: no such thing'); raise SystemExit(1)"])
 
     monkeypatch.setattr(native, "_compile", fail)
     record = native.build(tmp_path, tmp_path / "scratch")

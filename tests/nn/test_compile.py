@@ -35,9 +35,7 @@ def test_fullgraph_loss(reduction: str) -> None:
         leaves = [x, *crf.parameters()]
         got, want = compiled(x, tags, mask, reduction), crf(x, tags, mask, reduction)
         torch.testing.assert_close(got, want)
-        torch.testing.assert_close(
-            torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves)
-        )
+        torch.testing.assert_close(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves))
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

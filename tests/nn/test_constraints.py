@@ -58,9 +58,7 @@ def test_allows_exactly_the_well_formed_sequences(scheme: str, length: int) -> N
     labels = LABELS[scheme]
     transitions, start, end = tag_constraints(labels, scheme)
     for path in itertools.product(range(len(labels)), repeat=length):
-        allowed = (
-            start[path[0]] and end[path[-1]] and all(transitions[a, b] for a, b in itertools.pairwise(path))
-        )
+        allowed = start[path[0]] and end[path[-1]] and all(transitions[a, b] for a, b in itertools.pairwise(path))
         tags = tuple(labels[i] for i in path)
         assert bool(allowed) == (read_spans(tags, scheme) is not None), tags
 

@@ -28,8 +28,7 @@ def scores(crf: CRF) -> tuple[Tensor, Tensor, Tensor]:
     parameters = crf.transitions, crf.start_transitions, crf.end_transitions
     allowed = crf.allowed_transitions, crf.allowed_start, crf.allowed_end
     return tuple(  # type: ignore[return-value]
-        p.detach() if a is None else p.detach().where(a, minus)
-        for p, a in zip(parameters, allowed, strict=True)
+        p.detach() if a is None else p.detach().where(a, minus) for p, a in zip(parameters, allowed, strict=True)
     )
 
 
@@ -123,9 +122,7 @@ def test_layout_is_only_of_the_inputs(crf: CRF, x: Tensor, masks: Tensor) -> Non
     ]
     assert torch.equal(*draw)
     allowed, weights = torch.rand(2**T, T, K) < 0.7, torch.rand(2**T, T)
-    torch.testing.assert_close(
-        seconds(xt, allowed.transpose(0, 1), mt, "none"), crf(x, allowed, masks, "none")
-    )
+    torch.testing.assert_close(seconds(xt, allowed.transpose(0, 1), mt, "none"), crf(x, allowed, masks, "none"))
     tags = torch.ones(2**T, T, dtype=torch.int64)
     torch.testing.assert_close(
         seconds(xt, tags.t(), mt, token_weights=weights.t()), crf(x, tags, masks, token_weights=weights)

@@ -35,9 +35,7 @@ def parameters() -> Parameters:
 @pytest.fixture
 def mask() -> Tensor:
     """Full, right and left padding, a hole, one position, none."""
-    return torch.tensor(
-        [[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
-    ).bool()
+    return torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
 
 
 def partial_by_enumeration(x: Tensor, allowed: Tensor, parameters: Parameters, every_path: Any) -> Tensor:
@@ -81,9 +79,7 @@ def test_partial_labels_at_their_limits(x: Tensor, parameters: Parameters, mask:
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "token_mean"])
-def test_weights_of_one_change_nothing(
-    x: Tensor, parameters: Parameters, mask: Tensor, reduction: str
-) -> None:
+def test_weights_of_one_change_nothing(x: Tensor, parameters: Parameters, mask: Tensor, reduction: str) -> None:
     tags = torch.tensor([[0, 2, 1, 1]]).expand(B, T)
     leaves = [x, *parameters]
     for leaf in leaves:
@@ -97,14 +93,10 @@ def test_weights_of_one_change_nothing(
     )
 
 
-def test_weights_are_of_the_chain_rule(
-    x: Tensor, parameters: Parameters, mask: Tensor, enumerate_paths: Any
-) -> None:
+def test_weights_are_of_the_chain_rule(x: Tensor, parameters: Parameters, mask: Tensor, enumerate_paths: Any) -> None:
     tags = torch.tensor([[0, 2, 1, 1]]).expand(B, T)
     token_weights, tag_weights = torch.rand(B, T), torch.rand(K)
-    got = F.crf_log_likelihood(
-        x, tags, *parameters, mask, "none", token_weights=token_weights, tag_weights=tag_weights
-    )
+    got = F.crf_log_likelihood(x, tags, *parameters, mask, "none", token_weights=token_weights, tag_weights=tag_weights)
     split = F.crf_token_log_likelihood(x, tags, *parameters, mask)
     assert not split[~mask].any()
     for b in range(B):
@@ -310,8 +302,7 @@ OTHER_ERRORS = [
 
 @pytest.mark.parametrize(
     ("function", "arguments", "error", "words"),
-    [(f, good | bad, *rest) for (f, good), (bad, *rest) in itertools.product(FUNCTIONS, MODEL_ERRORS)]
-    + OTHER_ERRORS,
+    [(f, good | bad, *rest) for (f, good), (bad, *rest) in itertools.product(FUNCTIONS, MODEL_ERRORS)] + OTHER_ERRORS,
 )
 def test_complaints(
     function: Callable[..., Any], arguments: dict[str, Any], error: type[Exception], words: str

@@ -63,9 +63,7 @@ def nll_grad(
     mask = on_mask(tags, mask)
     packing = pack(emissions.shape[:2], mask, emissions.device)
     weights = start.new_ones(len(emissions)) if weights is None else weights.to(start.dtype)
-    rows, counts, pairs = _nll_and_counts(
-        packing, emissions, tags, mask, (transitions, start, end), weights * scale
-    )
+    rows, counts, pairs = _nll_and_counts(packing, emissions, tags, mask, (transitions, start, end), weights * scale)
     total = (rows * weights).masked_fill_(weights * scale == 0, 0).sum().mul_(scale).to(start.dtype)
     firsts = counts.index_select(0, packing.index[: packing.alive]).sum(0)
     lasts = counts.index_select(0, packing.index.index_select(0, packing.last)).sum(0)
@@ -136,9 +134,7 @@ def _do_again(
         if weights is None:
             f.log_z[rows] = log_domain.log_partition(packing, x, a, s, e)
         else:
-            f.log_z[rows], exact, exact_pairs = log_domain.expectations(
-                packing, x, a, s, e, weights[rows].double()
-            )
+            f.log_z[rows], exact, exact_pairs = log_domain.expectations(packing, x, a, s, e, weights[rows].double())
             counts[rows[packing.index // steps] * steps + packing.index % steps] = exact.to(counts.dtype)
             pairs += exact_pairs
 

@@ -36,9 +36,7 @@ def pull_back(
         tensor = leaves[i]
         assert tensor is not None
         # A view: an input may depend on another input, and that path is the caller's, not ours.
-        leaves[i] = (
-            tensor.view_as(tensor) if again and tensor.requires_grad else tensor.detach().requires_grad_()
-        )
+        leaves[i] = tensor.view_as(tensor) if again and tensor.requires_grad else tensor.detach().requires_grad_()
     with torch.enable_grad():
         output = differentiable(*leaves)
         wanted = [leaf for i in floats if (leaf := leaves[i]) is not None]
@@ -171,9 +169,7 @@ def token_nll(
     return packing.scatter(value).to(start.dtype)
 
 
-def entropy(
-    emissions: Tensor, mask: Tensor | None, transitions: Tensor, start: Tensor, end: Tensor
-) -> Tensor:
+def entropy(emissions: Tensor, mask: Tensor | None, transitions: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """-sum_y p(y) log p(y), (B,), by the chain rule; see `fastseq.ops.crf`."""
     packing, x, (a, s, e) = _prepared(emissions, None, mask, transitions, start, end)
     out = x.new_zeros(len(emissions))
@@ -215,12 +211,8 @@ def double_backward(
         value = total.new_zeros(()) if grad_total is None else grad_total * total
         if any(g is not None for g in grad_grads):
             wanted = (leaves[0], *leaves[3:6])
-            grads = torch.autograd.grad(
-                total, wanted, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            value = value + sum(
-                (g * d).sum() for g, d in zip(grad_grads, grads, strict=True) if g is not None
-            )
+            grads = torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
+            value = value + sum((g * d).sum() for g, d in zip(grad_grads, grads, strict=True) if g is not None)
         return value
 
     return pull_back(objective, inputs, None)

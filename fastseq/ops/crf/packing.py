@@ -120,9 +120,7 @@ def pack(shape: torch.Size | tuple[int, ...], mask: Tensor | None, device: torch
     lengths, order = row_lengths.sort(descending=True, stable=True)
     source = places.add_(torch.arange(batch, device=device)[:, None] * steps).index_select(0, order).t()
     valid = torch.arange(steps, device=device)[:, None] < lengths
-    return Packing(
-        (batch, steps), order, lengths, source, valid, [size for size in valid.sum(1).tolist() if size]
-    )
+    return Packing((batch, steps), order, lengths, source, valid, [size for size in valid.sum(1).tolist() if size])
 
 
 def left_align(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +150,5 @@ def gather_tags(packing: Packing, tags: Tensor, tag_count: int) -> Tensor:
         least, greatest = (int(v) for v in packed.aminmax())
         if least < 0 or greatest >= tag_count:
             wrong = least if least < 0 else greatest
-            raise ValueError(
-                f"tags: got the id {wrong}, wanted 0 to {tag_count - 1}, or {OFF} for no position"
-            )
+            raise ValueError(f"tags: got the id {wrong}, wanted 0 to {tag_count - 1}, or {OFF} for no position")
     return packed

@@ -143,9 +143,7 @@ def _count_expected(
                 a[i, j] += weight * math.exp(pair - log_z)
 
 
-def _count_path(
-    path: list[int], positions: list[int], b: int, weight: float, gradients: list[Tensor]
-) -> None:
+def _count_path(path: list[int], positions: list[int], b: int, weight: float, gradients: list[Tensor]) -> None:
     """Add weight * (the count of each feature in one path)."""
     x, a, start, end = gradients
     start[path[0]] += weight
@@ -179,9 +177,7 @@ def token_nll(
     return out.to(_result(emissions))
 
 
-def entropy(
-    emissions: Tensor, mask: Tensor | None, transitions: Tensor, start: Tensor, end: Tensor
-) -> Tensor:
+def entropy(emissions: Tensor, mask: Tensor | None, transitions: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """-sum_y p(y) log p(y) of each row, (B,), in nats; 0 for an empty or impossible row."""
     model = _Model(transitions, start, end)
     values = [_row_entropy(model, row) for row, _, _ in _rows(emissions, None, mask)]
@@ -276,8 +272,7 @@ def _best_paths(x: Any, a: Any, first: Any, last: Any, n: int) -> list[tuple[Any
     kept = [best([(first[j] + x[0][j], [j])]) for j in tags]
     for emission in x[1:]:
         kept = [
-            best([((score + a[i][j]) + emission[j], [*path, j]) for i in tags for score, path in kept[i]])
-            for j in tags
+            best([((score + a[i][j]) + emission[j], [*path, j]) for i in tags for score, path in kept[i]]) for j in tags
         ]
     return best([(score + last[j], path) for j in tags for score, path in kept[j]])
 
@@ -317,9 +312,7 @@ def _draw(logits: list[float], uniform: float) -> int:
     return above[0] if above else max(i for i, w in enumerate(weights) if w > 0)
 
 
-def _rows(
-    emissions: Tensor, tags: Tensor | None, mask: Tensor | None
-) -> list[tuple[Row, list[int] | None, list[int]]]:
+def _rows(emissions: Tensor, tags: Tensor | None, mask: Tensor | None) -> list[tuple[Row, list[int] | None, list[int]]]:
     """For each row: its emissions where it is on, its tags there if there are tags, and those positions.
 
     Raises:
@@ -331,9 +324,7 @@ def _rows(
         on &= tags != OFF
         wrong = tags[on & ((tags < 0) | (tags >= tag_count))]
         if len(wrong):
-            raise ValueError(
-                f"tags: got the id {int(wrong[0])}, wanted 0 to {tag_count - 1}, or {OFF} for no position"
-            )
+            raise ValueError(f"tags: got the id {int(wrong[0])}, wanted 0 to {tag_count - 1}, or {OFF} for no position")
     rows: list[tuple[Row, list[int] | None, list[int]]] = []
     for b in range(batch):
         positions = on[b].nonzero().flatten().tolist()

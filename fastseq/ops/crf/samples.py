@@ -18,9 +18,7 @@ Arguments = tuple[Any, ...]
 INF = math.inf
 
 # Sizes around the vector widths (K) and the lanes (B) of every instruction set.
-SHAPES = [(b, 4, 5) for b in (1, 3, 8, 16, 17, 33)] + [
-    (3, 5, k) for k in (1, 2, 7, 9, 16, 17, 25, 31, 32, 33)
-]
+SHAPES = [(b, 4, 5) for b in (1, 3, 8, 16, 17, 33)] + [(3, 5, k) for k in (1, 2, 7, 9, 16, 17, 25, 31, 32, 33)]
 SHAPES += [(2, 3, k) for k in (40, 64, 65)] + [(2, 1, 4), (1, 1, 1), (4, 7, 1), (2, 30, 3)]
 
 
@@ -135,9 +133,7 @@ def _masks() -> list[Build]:
 
     return [
         masked(6, 5, 4, lambda make: make.uniform(6, 5) < 0.5),  # holes
-        masked(
-            4, 5, 4, lambda make: torch.tensor([[1, 0, 1, 0, 1], [0] * 5, [1] * 5, [0, 0, 1, 0, 0]]).bool()
-        ),
+        masked(4, 5, 4, lambda make: torch.tensor([[1, 0, 1, 0, 1], [0] * 5, [1] * 5, [0, 0, 1, 0, 0]]).bool()),
         masked(3, 4, 3, lambda make: torch.zeros(3, 4).bool()),  # all off
         masked(3, 4, 3, lambda make: torch.ones(3, 4).bool()),
         masked(0, 4, 3, lambda make: torch.ones(0, 4).bool()),
@@ -165,9 +161,7 @@ def _layouts() -> list[Build]:
         case = make.model(3, 5, 4)
         case[1] = make.integers(4, 5, 3).t()
         case[2] = (
-            make.lengths_mask(5, 3)
-            .t()
-            .logical_or(torch.tensor([True, False, False, False, False]).to(make.device))
+            make.lengths_mask(5, 3).t().logical_or(torch.tensor([True, False, False, False, False]).to(make.device))
         )
         case[3:] = [make.normal(4, 4).t(), make.normal(8)[::2], make.normal(4, 3)[:, 1]]
         return case

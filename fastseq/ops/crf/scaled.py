@@ -101,9 +101,7 @@ def _recursion(packing: Packing, x: Tensor, edges: Tensor, first: Tensor) -> tup
     return alpha, scale
 
 
-def _loses_a_path(
-    packing: Packing, x: Tensor, alpha: Tensor, scale: Tensor, edges: Tensor, first: Tensor
-) -> Tensor:
+def _loses_a_path(packing: Packing, x: Tensor, alpha: Tensor, scale: Tensor, edges: Tensor, first: Tensor) -> Tensor:
     """(N,) whether some tag there is reached over nonzero factors, and is tiny."""
     reached = torch.empty_like(alpha)
     reached[: packing.alive] = first

@@ -13,9 +13,7 @@ from fastseq.ops.crf.packing import OFF, left_align, pack
 __all__ = ["nbest", "sample", "viterbi"]
 
 
-def _aligned(
-    emissions: Tensor, mask: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def _aligned(emissions: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
     """(T,B,K) the rows moved to the left, time-major; (B,T) where each step comes from; (B,) lengths."""
     batch, steps, _ = emissions.shape
     if mask is None:
@@ -132,15 +130,11 @@ def sample(
 ) -> Tensor:
     """Exact samples by inverse CDF, last tag first, in the float64 log domain; see `fastseq.ops.crf`."""
     packing = pack(emissions.shape[:2], mask, emissions.device)
-    out = torch.full(
-        (len(uniforms), packing.row_lengths.numel() * emissions.shape[1]), OFF, device=emissions.device
-    )
+    out = torch.full((len(uniforms), packing.row_lengths.numel() * emissions.shape[1]), OFF, device=emissions.device)
     if packing.sizes:
         transitions, start, end = transitions.double(), start.double(), end.double()
         alpha = log_domain.alphas(packing, packing.gather(emissions).double(), transitions, start)
-        drawn = _draw_backwards(
-            uniforms.flatten(1).index_select(1, packing.index).double(), alpha, transitions, end
-        )
+        drawn = _draw_backwards(uniforms.flatten(1).index_select(1, packing.index).double(), alpha, transitions, end)
         possible = log_domain.safe_lse(torch.cat(alpha)[packing.last] + end, 1) > -math.inf  # NaN is not
         rows = torch.zeros_like(packing.order, dtype=torch.bool).index_copy_(
             0, packing.order[: packing.alive], possible
