@@ -191,10 +191,12 @@ def opaque(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     torch.library.register_autograd(name, no_backward, lib=LIB)
     op = getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2]).default
 
-    def call(*args: Any) -> Any:
-        return function.apply(*args) if torch._C._are_functorch_transforms_active() else op(*args)
+    function: list[Any] = []
 
-    function: Any = _function(name, run_with_autograd, lambda *_: None, no_backward, _vmap_by_loop(call))
+    def call(*args: Any) -> Any:
+        return function[0].apply(*args) if torch._C._are_functorch_transforms_active() else op(*args)
+
+    function.append(_function(name, run_with_autograd, lambda *_: None, no_backward, _vmap_by_loop(call)))
     return call
 
 

@@ -114,7 +114,7 @@ class BySequence {
         for (int k = 0; k < K_; ++k) finish_tag(k, V::set(job_.tables.start[k]));
       small &= (1u << active) - 1;
       if (__builtin_expect(small, 0)) look_closer(t, small);
-      uint32_t lost = V::not_ge(total, tiny);
+      uint32_t lost = V::not_ge(total, tiny) & ((1u << active) - 1);
       for (int l = 0; lost; ++l, lost >>= 1)
         if (lost & 1) job_.marks[row_[l]] = 1;
       before = on / total;  // 0 for a lane that has ended: its alpha is 0 from the next step on
@@ -243,20 +243,23 @@ class BySequence {
 
   template <int NI, int NJ>
   FASTSEQ_INLINE void count_tile(int i0, int j0) {
-    V sums[NI][NJ];
-    for (int i = 0; i < NI; ++i)
-      for (int j = 0; j < NJ; ++j) sums[i][j] = V::set(0);
-    for (int t = 1; t < length_[0]; ++t) {
-      const float *a = alpha(t - 1) + i0 * W, *m = x(t) + j0 * W;
-      V a_i[NI];
-      for (int i = 0; i < NI; ++i) a_i[i] = V::load(a + i * W);
-      for (int j = 0; j < NJ; ++j) {
-        const V m_j = V::load(m + j * W);
-        for (int i = 0; i < NI; ++i) sums[i][j] = V::fma(a_i[i], m_j, sums[i][j]);
+    // In runs of 64 steps: a float that grows with the length of the row would lose what is added to it.
+    for (int begin = 1; begin < length_[0]; begin += 64) {
+      V sums[NI][NJ];
+      for (int i = 0; i < NI; ++i)
+        for (int j = 0; j < NJ; ++j) sums[i][j] = V::set(0);
+      for (int t = begin; t < std::min(begin + 64, length_[0]); ++t) {
+        const float *a = alpha(t - 1) + i0 * W, *m = x(t) + j0 * W;
+        V a_i[NI];
+        for (int i = 0; i < NI; ++i) a_i[i] = V::load(a + i * W);
+        for (int j = 0; j < NJ; ++j) {
+          const V m_j = V::load(m + j * W);
+          for (int i = 0; i < NI; ++i) sums[i][j] = V::fma(a_i[i], m_j, sums[i][j]);
+        }
       }
+      for (int i = 0; i < NI; ++i)
+        for (int j = 0; j < NJ; ++j) sums_[(i0 + i) * K_ + j0 + j] += sum(sums[i][j]);
     }
-    for (int i = 0; i < NI; ++i)
-      for (int j = 0; j < NJ; ++j) sums_[(i0 + i) * K_ + j0 + j] += sum(sums[i][j]);
   }
 
   const Job& job_;

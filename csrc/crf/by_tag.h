@@ -19,7 +19,7 @@ FASTSEQ_INLINE void count_tile(const float* a, const float* m, int64_t ld, int64
   constexpr int W = Wide::W;
   Wide sums[NI][NV];
   for (int i = 0; i < NI; ++i)
-    for (int v = 0; v < NV; ++v) sums[i][v] = Wide::load(counts + i * ld + v * W);
+    for (int v = 0; v < NV; ++v) sums[i][v] = Wide::set(0);
   for (int64_t r = 0; r < n; ++r) {
     Wide m_r[NV];
     for (int v = 0; v < NV; ++v) m_r[v] = Wide::load(m + r * ld + v * W);
@@ -29,7 +29,8 @@ FASTSEQ_INLINE void count_tile(const float* a, const float* m, int64_t ld, int64
     }
   }
   for (int i = 0; i < NI; ++i)
-    for (int v = 0; v < NV; ++v) sums[i][v].store(counts + i * ld + v * W);
+    for (int v = 0; v < NV; ++v)
+      (Wide::load(counts + i * ld + v * W) + sums[i][v]).store(counts + i * ld + v * W);
 }
 
 inline void count_block(const float* a, const float* m, int64_t ld, int64_t K, int64_t n, float* counts) {

@@ -11,6 +11,7 @@
 
 #include "by_sequence.h"
 #include "by_tag.h"
+#include "usable.h"
 #include "viterbi.h"
 
 namespace fastseq::FASTSEQ_ISA {
@@ -106,24 +107,23 @@ void run_block(const Job& job, Layout layout, const int64_t* rows, int count, fl
     for (int i = 0; i < count; ++i) zero_off_positions(job, rows[i]);
 }
 
-// A slot's sums lack the factor E of the transitions, and the gold path.
-void finish_slot(const Job& job, const std::vector<int64_t>& rows, float* sums) {
-  const Tables& t = job.tables;
-  for (int64_t i = 0; i < t.K * t.ld; ++i) sums[i] *= t.edges[i];
-  if (!job.tags.data) return;
-  for (int64_t b : rows) {
-    if (job.marks[b]) continue;
-    const float w = job.row_weight(b);
-    const int32_t* at = job.model.rows.of(b);
+// Subtract the gold paths from the parameter sums: in double, since they nearly cancel what is there.
+void subtract_gold(const Job& job, double* sums) {
+  const int64_t K = job.tables.K;
+  for (int64_t b = 0; b < job.model.x.B; ++b) {
     const int64_t L = job.model.rows.length(b);
-    int64_t previous = job.tags.at(b, at[0]);
-    sums[t.K * t.ld + previous] -= w;
+    if (L == 0 || job.marks[b]) continue;
+    const double w = job.row_weight(b);
+    const int32_t* at = job.model.rows.of(b);
+    const int64_t* tags = job.tags.data + b * job.tags.stride_b;
+    int64_t previous = tags[at[0] * job.tags.stride_t];
+    sums[K * K + previous] -= w;
     for (int64_t i = 1; i < L; ++i) {
-      const int64_t y = job.tags.at(b, at[i]);
-      sums[previous * t.ld + y] -= w;
+      const int64_t y = tags[at[i] * job.tags.stride_t];
+      sums[previous * K + y] -= w;
       previous = y;
     }
-    sums[(t.K + 1) * t.ld + previous] -= w;
+    sums[(K + 1) * K + previous] -= w;
   }
 }
 
@@ -147,23 +147,23 @@ void scaled_nll(const Model<float>& model, Tags tags, const float* weights, doub
   run_tasks(parallel, slots, [&](int64_t slot) {
     float* mine = slot_sums + slot * slot_floats;
     std::fill(mine, mine + slot_floats, 0.f);
-    std::vector<int64_t> done;
     for (int64_t i = slot; i < blocks.count(); i += slots) {
       const int64_t* rows = blocks.rows.data() + blocks.begin[i];
       const int count = int(blocks.begin[i + 1] - blocks.begin[i]);
       run_block(job, layout, rows, count, mine);
-      done.insert(done.end(), rows, rows + count);
     }
-    if (gradient) finish_slot(job, done, mine);
     thread_scratch().trim();
   });
 
-  if (gradient)
+  if (gradient) {
     for (int64_t slot = 0; slot < slots; ++slot)
       for (int64_t i = 0; i < K + 2; ++i) {
         const float* from = slot_sums + slot * slot_floats + i * ld;
-        for (int64_t k = 0; k < K; ++k) sums[i * K + k] += from[k];
+        const float* edge = tables.edges + i * ld;  // the slots' sums of transitions lack this factor
+        for (int64_t k = 0; k < K; ++k) sums[i * K + k] += i < K ? from[k] * edge[k] : from[k];
       }
+    if (tags.data) subtract_gold(job, sums);
+  }
   call_scratch().trim();
 }
 
@@ -180,6 +180,8 @@ void viterbi(const Model<float>& model, int64_t* paths, float* scores, const Par
   float* reach = edges_t + K * ld;
   if (layout == Layout::by_tag) find_reach(edges, ld, K, reach);
   std::vector<uint8_t> invalid(B);
+  const int64_t longest = longest_usable(model);
+  for (int64_t b = 0; b < B; ++b) invalid[b] = model.rows.length(b) > longest;
   const ViterbiJob job{model, edges, edges_t, ld, reach, paths, scores, invalid.data()};
   for (int64_t b = 0; b < B; ++b) scores[b] = model.rows.length(b) ? NAN : 0;
 

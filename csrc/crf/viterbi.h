@@ -128,7 +128,7 @@ void viterbi_by_sequence(const ViterbiJob& job, const int64_t* rows, int count, 
     trace_back<W>(job, rows[l], staging, [&](int64_t t) { return score(t) + l; });
 }
 
-// max_j (A_ij - min_i' A_i'j) for each i; +inf where a column has -inf or NaN.
+// max_j (A_ij - min_i' A_i'j) for each i; +inf where A_ij is possible and another entry of the column is not.
 inline void find_reach(const float* edges, int64_t ld, int64_t K, float* reach) {
   std::vector<float> least(edges, edges + K);
   for (int64_t i = 1; i < K; ++i)
@@ -137,9 +137,8 @@ inline void find_reach(const float* edges, int64_t ld, int64_t K, float* reach) 
     reach[i] = -INFINITY;
     for (int64_t j = 0; j < K; ++j) {
       const float d = edges[i * ld + j] - least[j];
-      reach[i] = d <= reach[i] ? reach[i] : d;
+      reach[i] = d > reach[i] ? d : reach[i];  // of two -inf, NaN: row i cannot win there
     }
-    if (!(reach[i] < INFINITY)) reach[i] = INFINITY;
   }
 }
 

@@ -22,14 +22,14 @@ and everything here is a sum over paths, or a search through them, in O(L K^2):
 
 A step is a (B,K) x (K,K) product, with no exp and no log of a (B,K,K) tensor, and no graph is kept. What this can lose
 is a path that falls so far behind that it underflows, and later is the only one left. It is never lost silently: (1) a
-tag that a nonzero alpha reaches over a nonzero edge, yet whose alpha is below 2^-90, marks its row; (2) an entry of E or
-X that underflows counts as a pruned edge, and the row is marked unless log Z proves that the edge could not matter (the
-best conceivable path with it is 30 nats below log Z). Marked rows are done again, exactly, in the float64 log domain.
+tag that a nonzero alpha reaches over a nonzero edge, yet whose alpha is below 2^-90, marks its row; (2) an entry of E
+or X that underflows counts as a pruned edge, and the row is marked unless log Z proves that the edge could not matter
+(the best conceivable path with it is 30 nats below log Z). Marked rows are done again, in the float64 log domain.
 
 **Conventions**, the same in every op and backend:
 
 - `emissions` (B,T,K) float64, float32, bfloat16 or float16. `transitions` (K,K), from x to, `start` (K,), `end` (K,)
-  are float64 if emissions are, else float32; so are results. Half types are read as they are, the arithmetic is float32.
+  are float64 if emissions are, else float32; so are results. Half types are read as they are, with float32 arithmetic.
 - `mask` (B,T) bool or None: any pattern. The sequence is the positions that are on; `tags` of -100 are off as well.
 - A row with no position on: nll 0, entropy 0, an empty path with score 0, gradient 0.
 - -inf forbids. A row in which nothing is possible has log Z = -inf and nll = +inf, with gradient 0; a row in which only
