@@ -175,13 +175,18 @@ inline void finish_row(const Job& job, int64_t b, double maxima, double log_scal
   job.nll[b] = float(job.tags.data ? log_z - gold_score(job, b) : log_z);
 }
 
-// Ask for the lines of the gradient of row b at position t, ahead of store_gradient: it goes through a batch
-// backwards and with long strides, which no hardware prefetcher follows.
+// Ask for the lines of n elements, ahead of their use: rows are gone through side by side, and backwards,
+// which no hardware prefetcher follows.
+template <int Write>
+FASTSEQ_INLINE void prefetch(const void* data, Type type, int64_t at, int64_t n) {
+  const int64_t size = type == Type::f32 ? 4 : 2;
+  const char* from = static_cast<const char*>(data) + at * size;
+  for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch(from + i, Write);
+}
+
 FASTSEQ_INLINE void prefetch_gradient(const Job& job, int64_t b, int64_t t) {
   const Gradients<float>& g = *job.gradient;
-  const int64_t size = job.model.x.type == Type::f32 ? 4 : 2;
-  const char* at = static_cast<const char*>(g.emissions) + (b * g.stride_b + t * g.stride_t) * size;
-  for (int64_t i = 0; i < job.model.x.K * size; i += 64) __builtin_prefetch(at + i, 1);
+  prefetch<1>(g.emissions, job.model.x.type, b * g.stride_b + t * g.stride_t, job.model.x.K);
 }
 
 // weight * posterior of one position, in `p`, becomes weight * (posterior - onehot(tag)) in the gradient.

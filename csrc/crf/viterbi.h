@@ -10,6 +10,8 @@
 // it is the common case, and it is also what makes more than 1 edge per add and max possible; where A forbids
 // (-inf), nothing can be ruled out.
 #pragma once
+#include <climits>
+
 #include "scaled.h"
 #include "semiring.h"
 
@@ -68,10 +70,8 @@ FASTSEQ_INLINE Best first_best(const float* s, const float* edge, float x, int64
   }
   for (; i < K; ++i) {
     const float candidate = (s[i * Stride] + edge[i]) + x;
-    if (candidate > top) {
-      top = candidate;
-      best = i;
-    }
+    best = candidate > top ? i : best;  // no branch: it would be mispredicted a few times a step
+    top = candidate > top ? candidate : top;
   }
   return {best, top};
 }
@@ -142,9 +142,10 @@ inline void find_reach(const float* edges, int64_t ld, int64_t K, float* reach) 
   }
 }
 
-// The tags that could be the best predecessor of some tag, ascending: those that are not ruled out by
-// `reach`. Both are padded to ld with -inf.
-inline int possible_winners(const float* score, const float* reach, int64_t ld, float widest, int32_t* out) {
+// The tags that could be the best predecessor of some tag, those that are not ruled out by `reach`: one bit
+// each in `possible`, ld / W words. Returns how many. Scores and reach are padded to ld with -inf.
+inline int possible_winners(const float* score, const float* reach, int64_t ld, float widest,
+                            uint32_t* possible) {
   Wide tops = Wide::set(-INFINITY);
   for (int64_t k = 0; k < ld; k += Wide::W) tops = max(Wide::load(score + k), tops);
   const float top = largest(tops);
@@ -152,24 +153,52 @@ inline int possible_winners(const float* score, const float* reach, int64_t ld, 
   const Wide bar = Wide::set(top - 4.8e-7f * (std::fabs(top) + widest));
   int n = 0;
   for (int64_t k = 0; k < ld; k += Wide::W) {
-    uint32_t above = Wide::not_ge(bar, Wide::load(score + k) + Wide::load(reach + k));
-    for (; above; above &= above - 1) out[n++] = int32_t(k) + __builtin_ctz(above);
+    possible[k / Wide::W] = Wide::not_ge(bar, Wide::load(score + k) + Wide::load(reach + k));
+    n += __builtin_popcount(possible[k / Wide::W]);
   }
   return n;
 }
 
-// out_j = max over the given tags i of score_i + A_ij, for one row.
+// out_j = max over the possible tags i of score_i + A_ij, for one row and NV vectors of j.
 template <int NV>
-FASTSEQ_INLINE void best_of_few(const float* score, const float* table, int64_t ld, const int32_t* tags,
-                                int n, float* out) {
+FASTSEQ_INLINE void best_of_few(const float* score, const float* table, int64_t ld, const uint32_t* possible,
+                                float* out) {
   Wide best[NV];
   for (int v = 0; v < NV; ++v) best[v] = Wide::set(-INFINITY);
-  for (int c = 0; c < n; ++c) {
-    const Wide s = Wide::set(score[tags[c]]);
-    const float* row = table + tags[c] * ld;
-    for (int v = 0; v < NV; ++v) best[v] = max(s + Wide::load(row + v * Wide::W), best[v]);
-  }
+  for (int64_t k = 0; k < ld; k += Wide::W)
+    for (uint32_t bits = possible[k / Wide::W]; bits; bits &= bits - 1) {
+      const int64_t i = k + __builtin_ctz(bits);
+      const Wide s = Wide::set(score[i]);
+      for (int v = 0; v < NV; ++v) best[v] = max(s + Wide::load(table + i * ld + v * Wide::W), best[v]);
+    }
   for (int v = 0; v < NV; ++v) best[v].store(out + v * Wide::W);
+}
+
+// One step of the rows that are active, before the emissions: to[r] from from[r], in the (max, +) semiring.
+// Returns how many steps to take before looking again whether anything can be ruled out: where it could not,
+// it seldom can soon after.
+inline int max_plus_step(const ViterbiJob& job, int active, float widest, bool look, const float* from,
+                         float* to, uint32_t* possible) {
+  const int64_t K = job.model.x.K, ld = job.ld, words = ld / Wide::W;
+  int64_t total = K * active;
+  if (look) {
+    total = 0;
+    for (int r = 0; r < active; ++r)
+      total += possible_winners(from + r * ld, job.reach, ld, widest, possible + r * words);
+  }
+  if (3 * total > K * active) {
+    rows_by_table<MaxPlus>(active, from, job.edges, ld, K, to);
+    return look ? 16 : -1;
+  }
+  for (int r = 0; r < active; ++r) {
+    const float* row = from + r * ld;
+    int64_t j = 0;
+    for (; j + 4 * Wide::W <= ld; j += 4 * Wide::W)
+      best_of_few<4>(row, job.edges + j, ld, possible + r * words, to + r * ld + j);
+    for (; j < ld; j += Wide::W)
+      best_of_few<1>(row, job.edges + j, ld, possible + r * words, to + r * ld + j);
+  }
+  return 0;
 }
 
 // Lanes are tags: up to 6 rows, longest first. Scratch: L * count * ld + K + 16.
@@ -178,31 +207,19 @@ inline void viterbi_by_tag(const ViterbiJob& job, const int64_t* rows, int count
   const int64_t K = m.x.K, ld = job.ld, L = m.rows.length(rows[0]);
   float* staging = scratch + L * count * ld;
   const auto score = [&](int64_t t, int r) { return scratch + (t * count + r) * ld; };
-  std::vector<int32_t> winners(count * ld);
-  int n_winners[kMaxRows];
+  std::vector<uint32_t> possible(count * ld / Wide::W);
   const float widest = *std::max_element(job.reach, job.reach + K);
+  int wait = std::isfinite(widest) ? 0 : INT_MAX;
   int active = count;
   for (int64_t t = 0; t < L; ++t) {
     while (m.rows.length(rows[active - 1]) <= t) --active;
-    int64_t total = 0;
-    for (int r = 0; t && r < active; ++r) {
-      n_winners[r] = possible_winners(score(t - 1, r), job.reach, ld, widest, winners.data() + r * ld);
-      total += n_winners[r];
-    }
-    if (t && 3 * total > active * K) {
-      rows_by_table<MaxPlus>(active, score(t - 1, 0), job.edges, ld, K, score(t, 0));
-    } else if (t) {
-      for (int r = 0; r < active; ++r) {
-        const int32_t* tags = winners.data() + r * ld;
-        int64_t j = 0;
-        for (; j + 4 * Wide::W <= ld; j += 4 * Wide::W)
-          best_of_few<4>(score(t - 1, r), job.edges + j, ld, tags, n_winners[r], score(t, r) + j);
-        for (; j < ld; j += Wide::W)
-          best_of_few<1>(score(t - 1, r), job.edges + j, ld, tags, n_winners[r], score(t, r) + j);
-      }
-    }
+    if (t)
+      wait += max_plus_step(job, active, widest, wait == 0, score(t - 1, 0), score(t, 0), possible.data());
     for (int r = 0; r < active; ++r) {
-      const float* e = emission_row(m.x, rows[r], m.rows.of(rows[r])[t], staging);
+      const int32_t* at = m.rows.of(rows[r]);
+      if (t + 4 < m.rows.length(rows[r]))
+        prefetch<0>(m.x.data, m.x.type, rows[r] * m.x.stride_b + at[t + 4] * m.x.stride_t, K);
+      const float* e = emission_row(m.x, rows[r], at[t], staging);
       float* s = score(t, r);
       if (add_emissions(t ? s : m.start, e, K, s)) job.invalid[rows[r]] = 1;
       std::fill(s + K, s + ld, -INFINITY);
