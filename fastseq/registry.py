@@ -121,6 +121,14 @@ class Op:
 
         self._insert(Backend(name, run, why_not, available))
 
+    def lacks(self, name: str, reason: str) -> None:
+        """Say why there is no backend `name`: `fastseq info`, `explain` and the error of forcing it repeat it."""
+
+        def run(*args: Any) -> Any:
+            raise BackendError(f"{self.name} has no backend {name!r}: {reason}")
+
+        self._insert(Backend(name, run, lambda *_: reason, lambda: reason))
+
     def autograd(self, *, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Give the op its derivative, for every backend.
 
@@ -157,8 +165,8 @@ class Op:
             wanted = backend.automatic if forced is None else backend.name == forced
             if wanted and backend.refusal(*args) is None:
                 return backend
-        what = "no backend" if forced is None else f"the forced backend {forced!r}"
-        raise BackendError(f"{what} can run {self.name} on these arguments:\n{self.explain(*args)}")
+        what = "no backend can" if forced is None else f"the forced backend {forced!r} cannot"
+        raise BackendError(f"{what} run {self.name} on these arguments:\n{self.explain(*args)}")
 
     def explain(self, *args: Any) -> str:
         """One line a backend, in order of choice: `ok`, or the reason it cannot run `args`."""

@@ -78,7 +78,7 @@ def test_forcing_is_for_the_block_and_nests(toy: Op) -> None:
 def test_forcing_never_falls_back(toy: Op) -> None:
     with (
         fastseq.use("cpu"),
-        pytest.raises(BackendError, match=r"(?s)'cpu' can run toy_scale.*cpu +too long.*eager +ok"),
+        pytest.raises(BackendError, match=r"(?s)'cpu' cannot run toy_scale.*cpu +too long.*eager +ok"),
     ):
         toy(torch.zeros(5), 1.0)
     with fastseq.use("triton"), pytest.raises(BackendError, match="there is no triton here"):
