@@ -186,3 +186,16 @@ def test_hessian(backend: str) -> None:
     seen = torch.nn.functional.one_hot(torch.tensor([path for _, path in paths]), 2).double().flatten(1)
     mean = p @ seen
     torch.testing.assert_close(hessian, (seen * p[:, None]).t() @ seen - mean[:, None] * mean)
+
+
+def test_a_second_backward_does_not_see_what_was_done_to_the_first_gradient() -> None:
+    """The gradient is handed over without a copy; with retain_graph the user may change it before the next pass."""
+    leaf = torch.randn(5, 2, 3).requires_grad_()
+    a, s, e = torch.randn(3, 3), torch.randn(3), torch.randn(3)
+    loss = -crf.log_likelihood(leaf.transpose(0, 1), torch.zeros(2, 5, dtype=torch.int64), None, a, s, e, None, 1.0)
+    loss.backward(retain_graph=True)
+    assert leaf.grad is not None
+    first = leaf.grad.clone()
+    leaf.grad.zero_()
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, first, rtol=0, atol=0)

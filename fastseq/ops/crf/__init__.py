@@ -116,7 +116,7 @@ nll_grad.compiled("cpu", needs(device="cpu", dtype=FLOATS))
 
 
 def _nll_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.scale = inputs[7]
+    ctx.scale, ctx.handed_over = inputs[7], False
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7], *output[1:])
 
@@ -150,8 +150,11 @@ def _nll_grad_backward(ctx: Any, grad_total: Tensor | None, *grad_grads: Tensor 
     if torch.is_grad_enabled():  # create_graph: what is at hand has no graph, so have it computed by an op that does
         scaled = grad_total.expand(grad_x.shape[0]) if weights is None else weights * grad_total
         _, x, a, s, e = nll_grad(*inputs[:6], scaled, ctx.scale)
+    elif ctx.handed_over:  # a second backward pass: what was handed over is the user's, who may have changed it
+        x, a, s, e = torch._foreach_mul(nll_grad.run(*inputs, ctx.scale)[1:], grad_total)
     elif _is_one(grad_total):
-        x, a, s, e = (g.detach() if g.requires_grad else g for g in (grad_x, grad_a, grad_s, grad_e))
+        ctx.handed_over = True
+        x, a, s, e = grad_x.data, grad_a.data, grad_s.data, grad_e.data  # no longer watched for changes in place
     else:
         x, a, s, e = torch._foreach_mul((grad_x, grad_a, grad_s, grad_e), grad_total)
     grad_weights = grad_total * ctx.scale * nll(*inputs[:6]) if ctx.needs_input_grad[6] else None
