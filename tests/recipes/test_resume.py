@@ -103,15 +103,19 @@ def test_killed_at_every_kind_of_rename(tiny: list[str], tmp_path: Path, referen
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    tiny: list[str], tmp_path: Path, reference: tuple[Path, float], capsys: pytest.CaptureFixture[str]
+    tiny: list[str], tmp_path: Path, reference: tuple[Path, float]
 ) -> None:
-    process = start(tiny, die_at_rename=8)  # with last.pt and the one before it there
-    process.join()
+    start(tiny, die_at_rename=8).join()  # with last.pt and the one before it there
     last = tmp_path / "run" / "last.pt"
     data = last.read_bytes()
     last.write_bytes(data[: len(data) // 2])
-    run(settings(tiny), get("tagger").build)
-    assert "going back to previous-last.pt" in capsys.readouterr().out
+    said: list[str] = []
+    checkpoint.load_latest(last, said.append)
+    assert any("going back to previous-last.pt" in line for line in said)
+    # In a process of its own, as the reference: bits depend on modes of the processor that other tests' libraries may set.
+    process = start(tiny)
+    process.join()
+    assert process.exitcode == 0
     assert_same_run(reference[0], tmp_path / "run")
 
 
