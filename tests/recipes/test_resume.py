@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     said: list[str] = []
     checkpoint.load_latest(last, said.append)
     assert any("going back to previous-last.pt" in line for line in said)
-    # In a process of its own, as the reference: bits depend on modes of the processor that other tests' libraries may set.
+    # In a process of its own, as the reference: bits depend on processor modes that other tests' libraries may set.
     process = start(tiny)
     process.join()
     assert process.exitcode == 0
