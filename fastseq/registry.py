@@ -103,14 +103,12 @@ class Op:
 
     def compiled(self, device: str, why_not: WhyNot) -> None:
         """Add the compiled backend of `device`: the op of this name in the library `fastseq_<device>`."""
-
-        def run(*args: Any) -> Any:
-            return getattr(getattr(torch.ops, f"{NAMESPACE}_{device}"), self.name).default(*args)
-
         missing = library.why_not(device)
-        if missing is None:  # resolve once: an attribute look-up a call is 2 us
-            run = getattr(getattr(torch.ops, f"{NAMESPACE}_{device}"), self.name).default
-        self._insert(Backend(device, _value_errors(run), why_not, lambda: missing))
+        if missing is not None:
+            self.lacks(device, missing)
+            return
+        run = getattr(getattr(torch.ops, f"{NAMESPACE}_{device}"), self.name).default
+        self._insert(Backend(device, _value_errors(run), why_not))
 
     def lazy(self, name: str, target: str, why_not: WhyNot, available: Callable[[], str | None]) -> None:
         """Add a backend that is imported at its first call; `target` is "package.module:function"."""

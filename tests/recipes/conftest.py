@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 NAMES = {"PER": ["Ada", "Alan", "Grace"], "LOC": ["Paris", "Rome", "Oslo", "New York"]}
 FILLERS = ["the", "a", "sees", "in", "near", "old", "small", "was", "with", "and", "went", "to"]
@@ -67,12 +66,3 @@ def tiny(conll: dict[str, Path], tmp_path: Path) -> list[str]:
 def tiny_settings_of() -> Callable[[dict[str, Path], Path], list[str]]:
     """The function itself, for fixtures that outlive a test: a conftest cannot be imported by name."""
     return tiny_settings
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
