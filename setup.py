@@ -1,7 +1,8 @@
 """Compile what this machine can, and install the package. All else is in pyproject.toml and CMakeLists.txt.
 
-FASTSEQ_BUILD=auto|cpu|none   auto, the default, leaves out what cannot be built; cpu makes that an error
-MAX_JOBS                      compilers at a time; by default as many as cores and free memory allow
+FASTSEQ_BUILD=auto|cpu|cuda|require-cuda|none    auto, the default, leaves out what cannot be built
+CUDA_HOME, TORCH_CUDA_ARCH_LIST    where nvcc is, and what it compiles for: 8.0;9.0+PTX
+MAX_JOBS                           compilers at a time; by default as many as cores and free memory allow
 python setup.py build_native --inplace    compile again in the source tree, after a change in csrc/
 """
 
@@ -30,9 +31,9 @@ class NativeDistribution(Distribution):
 
 
 class BuildNative(Command):
-    """The part of `build` that compiles: one run of CMake for the op library and the host module."""
+    """The part of `build` that compiles: by CMake: the op libraries and the host module."""
 
-    description = "compile the op library and the host module"
+    description = "compile the op libraries and the host module"
     user_options = [("inplace", "i", "compile into the source tree")]  # noqa: RUF012
     boolean_options = ["inplace"]  # noqa: RUF012
     editable_mode = False

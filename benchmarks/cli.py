@@ -5,6 +5,7 @@ The exit status is 1 if a result is wrong or, with --compare, has become slower.
     fastseq bench crf                                     all suites at all shapes
     fastseq bench crf --suite loss --shape 32,64,9        one case
     fastseq bench crf --json new.json --compare old.json  flag what has become slower
+    fastseq bench crf --device cuda --json gpu.json       on a GPU, each of its backends beside the others
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fastseq.registry import no_cuda
 from fastseq_benchmarks import machine, plot, report, results
 from fastseq_benchmarks.results import Report
 from fastseq_benchmarks.runner import Effort, run_case
@@ -151,12 +153,14 @@ def _select(family: ModuleType, options: argparse.Namespace) -> tuple[list[Any],
         raise UsageError(f"--dtype: got {options.dtype!r}, wanted one of {', '.join(DTYPES)}")
     if options.device not in ("cpu", "cuda"):
         raise UsageError(f"--device: got {options.device!r}, wanted cpu or cuda")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: got cuda, but this torch finds no CUDA device")
+    if options.device == "cuda" and no_cuda() is not None:
+        raise UsageError(f"--device: got 'cuda', and {no_cuda()}")
     if options.threads < 1:
         raise UsageError(f"--threads: got {options.threads}, wanted at least 1")
     shapes = [_shape(text, family.LETTERS) for text in options.shape or []]
-    shapes = shapes or family.SHAPES[: QUICK_SHAPES if options.quick else None]
+    if not shapes:
+        shapes = [*family.SHAPES, *(family.LARGE_BATCHES if options.device == "cuda" else [])]
+        shapes = shapes[: QUICK_SHAPES if options.quick else None]
     cases = [
         case
         for name in family.SUITES

@@ -10,6 +10,11 @@ gradients at B=1, T=2: what a call costs before there is any work, which bounds 
 The floor counts 3 N K^2 multiply-adds for loss and gradients (forward, backward, transition counts) and N K^2
 max-adds for the search, N being the positions that are on; a max-add is two instructions where a multiply-add
 is one, so the search's share of the floor is for orientation only.
+
+On a GPU there are larger batches as well, and a second floor, the bytes that cannot but be moved, with s bytes an
+element: for loss and gradients N K s of emissions read, B T K s of their gradients written, and 8 B T + B T of tags and
+mask read; for the search N K s read, B T of mask, and 8 B T of tags written; and the parameters once, or twice with
+gradients. At these sizes a GPU is held up by the T steps, each of which needs the one before, and not by its memory.
 """
 
 from __future__ import annotations
@@ -30,12 +35,13 @@ from fastseq_benchmarks.crf_truth import Inputs, Paths
 from fastseq_benchmarks.results import Table
 from fastseq_benchmarks.runner import Case, Rival
 
-__all__ = ["LETTERS", "SHAPES", "SUITES", "TABLES"]
+__all__ = ["LARGE_BATCHES", "LETTERS", "SHAPES", "SUITES", "TABLES"]
 
 Shape = tuple[int, ...]
 
 LETTERS = "B,T,K"
 SHAPES: list[Shape] = [(32, 64, 9), (32, 128, 25), (64, 256, 64), (8, 1024, 128), (16, 128, 512)]
+LARGE_BATCHES: list[Shape] = [(1024, 64, 9), (512, 128, 25), (256, 256, 64)]  # for a GPU
 LOSS_GOALS = dict(zip(SHAPES, (100, 180, 190, 180, 130), strict=True))
 EAGER_GOALS = {SHAPES[0]: 4, SHAPES[1]: 6, SHAPES[2]: 15, SHAPES[4]: 40}
 VITERBI_GOALS = dict(zip(SHAPES, (100, 150, 100, 100, 100), strict=True))
@@ -113,19 +119,19 @@ def _forced(backend: str, grad: bool) -> Iterator[None]:
         yield
 
 
-def _fastseq(op: str, device: str, call: Callable[[], Any], result: Callable[[], Any], grad: bool) -> list[Rival]:
-    """The same fastseq call on each backend that `op` has for this device."""
-    others = {"cpu", "cuda"} - {device}
+def _fastseq(op: str, args: Sequence[Any], call: Callable[[], Any], result: Callable[[], Any]) -> list[Rival]:
+    """The same fastseq call on each backend that `op` has for the device of its arguments `args`."""
+    grad, device = OPS[op].backward is not None, args[0].device.type
     return [
         Rival(
             f"fastseq {b.name}",
             call,
             result,
             functools.partial(_forced, b.name, grad),
-            missing=b.available() or "",
+            missing=b.refusal(*args) or "",
         )
         for b in OPS[op].backends
-        if b.automatic and b.name not in others
+        if b.automatic and b.device in (device, None)
     ]
 
 
@@ -139,7 +145,7 @@ def _loss_rivals(inputs: Inputs) -> list[Rival]:
     overhead, _ = _training_step(_load(fastseq.nn.CRF(K, batch_first=True), tiny), tiny)
     return [
         Rival(PEER, step, named, tolerance=PEER_TOLERANCE, missing=missing),
-        *_fastseq("crf_nll_grad", device, *_training_step(ours, inputs), grad=True),
+        *_fastseq("crf_nll_grad", (*vars(inputs).values(), None, 1.0), *_training_step(ours, inputs)),
         Rival("call overhead", overhead, probe=True),
     ]
 
@@ -161,7 +167,8 @@ def _search_rivals(method: str, inputs: Inputs) -> list[Rival]:
         return peer.decode(x, mask) if peer is not None else None  # type: ignore[operator]
 
     peers = Rival(PEER, theirs, context=torch.no_grad, missing=missing)
-    return [peers, *_fastseq("crf_viterbi", x.device.type, ours, lists, grad=False)]
+    model = (inputs.transitions, inputs.start, inputs.end)
+    return [peers, *_fastseq("crf_viterbi", (x, mask, *model), ours, lists)]
 
 
 def _never() -> Any:
@@ -192,6 +199,14 @@ def wrong_paths(result: list[list[int]], truth: Paths) -> float:
     return wrong / max(len(result), 1)
 
 
+def _traffic(inputs: Inputs, *, grad: bool) -> float:
+    """The bytes that cannot but be moved: see the module docstring."""
+    (B, T, K), size = inputs.shape, inputs.emissions.element_size()
+    parameters = (K * K + 2 * K) * inputs.transitions.element_size()
+    passes = 2 if grad else 1
+    return (inputs.tokens + (B * T if grad else 0)) * K * size + 9.0 * B * T + passes * parameters
+
+
 # ---- suites ---------------------------------------------------------------------------------------------
 
 
@@ -209,6 +224,7 @@ def loss_cases(shapes: Iterable[Shape], dtype: torch.dtype, device: str) -> list
             check=gradient_error,
             tolerance=TOLERANCE[dtype],
             work=lambda inputs: 3.0 * inputs.tokens * inputs.shape[2] ** 2,
+            traffic=functools.partial(_traffic, grad=True) if device == "cuda" else None,
             goals=_goals(shape, device, {"fastseq cpu": LOSS_GOALS, "fastseq eager": EAGER_GOALS}),
             dtype=dtype,
             device=device,
@@ -231,6 +247,7 @@ def search_cases(suite: str, shapes: Iterable[Shape], dtype: torch.dtype, device
             check=wrong_paths,
             tolerance=0.0,
             work=lambda inputs: 1.0 * inputs.tokens * inputs.shape[2] ** 2,
+            traffic=functools.partial(_traffic, grad=False) if device == "cuda" else None,
             goals=_goals(shape, device, {"fastseq cpu": VITERBI_GOALS} if suite == "viterbi" else {}),
             dtype=dtype,
             device=device,

@@ -1,10 +1,11 @@
-"""The machine that a result was measured on, in words that name no host, user or folder."""
+"""The machine that a result was measured on, in words that name no host, user or folder, and no one GPU."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -14,6 +15,15 @@ from fastseq import library
 
 __all__ = ["describe"]
 
+SMI = {
+    "driver": "driver_version",
+    "sm clock now": "clocks.current.sm",
+    "sm clock at most": "clocks.max.sm",
+    "memory clock now": "clocks.current.memory",
+    "memory clock at most": "clocks.max.memory",
+    "power limit": "power.limit",
+    "gpu temperature": "temperature.gpu",
+}
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve", "bf16")
 
 
@@ -33,9 +43,34 @@ def describe(device: str) -> dict[str, str | int]:
         "isa": library.isa() or "no compiled library",
         "pytorch-crf": _version("pytorch-crf"),
     }
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    return machine
+    return machine | _gpu() if device == "cuda" else machine
+
+
+def _gpu() -> dict[str, str | int]:
+    """The current CUDA device: what torch knows, and what nvidia-smi adds, where there is one."""
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    known: dict[str, str | int] = {
+        "gpu": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "gpu memory": f"{found.total_memory / 2**30:.1f} GiB",
+        "cuda of torch": str(torch.version.cuda),
+        "cuda library": library.why_not("cuda") or f"built by nvcc {library.build_record().get('nvcc')}",
+        "triton": _version("triton"),
+    }
+    return known | _nvidia_smi(str(found.uuid))
+
+
+def _nvidia_smi(uuid: str) -> dict[str, str | int]:
+    """Driver, clocks and power limit of the GPU of this id; empty where they cannot be read."""
+    which = [f"--id=GPU-{uuid.removeprefix('GPU-')}"] if uuid else []
+    query = ["nvidia-smi", *which, f"--query-gpu={','.join(SMI.values())}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = answer.partition("\n")[0].split(",")
+    return {key: value.strip() for key, value in zip(SMI, values, strict=True)} if len(values) == len(SMI) else {}
 
 
 def _processor() -> tuple[str, set[str]]:

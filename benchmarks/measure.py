@@ -1,11 +1,12 @@
-"""What a call costs besides time: operators run, bytes kept for backward, peak memory."""
+"""What a call costs besides time: operators run, bytes kept for backward, peak memory, work for a GPU."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastseq.registry import NAMESPACE, OPS
 
-__all__ = ["count_ops", "kept_bytes", "peak_bytes"]
+__all__ = ["count_ops", "device_work", "kept_bytes", "peak_bytes"]
 
 Call = Callable[[], Any]
+
+LAUNCH = re.compile(r"cu(da)?(LaunchKernel|GraphLaunch|Memcpy|Memset)")
+WAIT = re.compile(r"cu(da)?(Stream|Event)Synchronize")  # not of the device: that is the profiler's own
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -85,6 +89,28 @@ def peak_bytes(call: Call, device: str = "cpu") -> int | None:
         return max(_resident("VmHWM") - before, 0)
     except (OSError, AttributeError, StopIteration):
         return None
+
+
+def device_work(call: Call) -> tuple[int, int, int] | None:
+    """(kernels, launches, waits) of a call on a CUDA device: see `RivalResult`; None where nothing records them."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    for _ in range(2):  # the first one sets the profiler up, and may miss what comes meanwhile
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+    return count_events(profile.events())
+
+
+def count_events(events: Iterable[Any]) -> tuple[int, int, int] | None:
+    """(kernels, launches, waits) among a profiler's events; None if there are no kernels, copies or fills."""
+    kernels = launches = waits = 0
+    for event in events:
+        if event.device_type.name == "CUDA":
+            kernels += 1
+        else:
+            launches += LAUNCH.match(event.name) is not None
+            waits += WAIT.match(event.name) is not None
+    return (kernels, launches, waits) if kernels else None
 
 
 def _resident(field: str) -> int:

@@ -20,6 +20,7 @@ COLUMNS = [
     "kept",
     "peak",
 ]
+ON_A_GPU = ["GB/s (of a copy)", "kernels", "launches", "waits"]
 
 
 def print_table(table: Table) -> None:
@@ -56,7 +57,12 @@ def case_table(case: CaseResult) -> Table:
     title = f"{what}   {verdict(case)}"
     if case.fma_per_s is not None:
         title += f"   peak {case.fma_per_s / 1e9:.0f} GFMA/s"
-    return Table(title, COLUMNS, [_row(case, rival) for rival in case.rivals])
+    if case.copy_bytes_per_s is not None:
+        title += f", copy {case.copy_bytes_per_s / 1e9:.0f} GB/s"
+    if case.device != "cuda":
+        return Table(title, COLUMNS, [_row(case, rival) for rival in case.rivals])
+    rows = [[*_row(case, rival), *_gpu_cells(case, rival)] for rival in case.rivals]
+    return Table(title, [*COLUMNS, *ON_A_GPU], rows)
 
 
 def verdict(case: CaseResult) -> str:
@@ -92,6 +98,15 @@ def _row(case: CaseResult, rival: RivalResult) -> list[str]:
     return [rival.name, match, seconds, speedup, goal_cell(case, rival), share, ops, *sizes]
 
 
+def _gpu_cells(case: CaseResult, rival: RivalResult) -> list[str]:
+    bandwidth = ""
+    if rival.seconds and rival.copy_share and case.traffic_bytes is not None:
+        rate = case.traffic_bytes / rival.seconds.median / 1e9
+        bandwidth = f"{rate:.4g} ({100 * rival.copy_share.median:.1f} %)"
+    counts = (rival.kernels, rival.launches, rival.waits)
+    return [bandwidth, *("" if n is None else f"{n:,}" for n in counts)]
+
+
 def _time(e: Estimate) -> str:
     """A time with its interval, in one unit."""
     unit, scale = ("s", 1.0) if e.median >= 1 else ("ms", 1e3) if e.median >= 1e-3 else ("us", 1e6)
@@ -116,8 +131,8 @@ def compare(old: Report, new: Report) -> tuple[Table, int]:
 
     A rival has regressed where its new interval lies wholly beyond its old one: that of the speed-up, if both
     runs have the same baseline, since a busy machine slows the baseline too; else that of the time. It has
-    regressed as well where its result is now refused, or it runs more operators, or keeps more bytes. Timings
-    of a case that either run could not judge are shown, and never flagged.
+    regressed as well where its result is now refused, or it runs more operators or kernels, keeps more bytes, or
+    waits more often for a GPU. Timings of a case that either run could not judge are shown, and never flagged.
     """
     columns = ["case", "rival", "old", "new", "new / old", "old speed-up", "new speed-up", "verdict"]
     table, regressions = Table("new against old", columns, []), 0
@@ -142,7 +157,7 @@ def _change(old_case: CaseResult, new_case: CaseResult, old: RivalResult, new: R
     """The verdict on one rival."""
     if old.matches and new.matches is False:
         return "REGRESSION: its result is refused"
-    for what in ("ops", "kept_bytes"):
+    for what in ("ops", "kept_bytes", "kernels", "waits"):
         a, b = getattr(old, what), getattr(new, what)
         if a is not None and b is not None and b > a:
             return f"REGRESSION: {what.replace('_', ' ')} {a} -> {b}"

@@ -29,6 +29,10 @@ class RivalResult:
         ops: Operators that a call runs.
         kept_bytes: Bytes of the storages kept for backward.
         peak_bytes: The most memory that a call adds while it runs.
+        copy_share: The time that a copy takes to move the case's bytes over its own, paired by round (on a GPU).
+        kernels: Kernels, copies and fills that a call runs on the GPU.
+        launches: Calls of the driver that put them there: fewer, where a graph is launched.
+        waits: How often the host waits for the GPU.
     """
 
     name: str
@@ -41,6 +45,10 @@ class RivalResult:
     ops: int | None = None
     kept_bytes: int | None = None
     peak_bytes: int | None = None
+    copy_share: Estimate | None = None
+    kernels: int | None = None
+    launches: int | None = None
+    waits: int | None = None
 
 
 @dataclasses.dataclass
@@ -61,6 +69,8 @@ class CaseResult:
         fma_per_s: The peak multiply-adds a second, the median over the rounds.
         goals: The speed-up aimed at, by rival.
         rivals: The baseline and the others, in the order in which they ran.
+        copy_bytes_per_s: The bytes a second that a copy on the GPU moves, the median over the rounds.
+        traffic_bytes: The bytes that the case cannot but move.
     """
 
     family: str
@@ -76,6 +86,8 @@ class CaseResult:
     fma_per_s: float | None = None
     goals: dict[str, float] = dataclasses.field(default_factory=dict)
     rivals: list[RivalResult] = dataclasses.field(default_factory=list)
+    copy_bytes_per_s: float | None = None
+    traffic_bytes: float | None = None
 
     @property
     def key(self) -> str:

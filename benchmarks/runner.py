@@ -1,13 +1,14 @@
 """The generic runner: it checks every rival against the truth, then times those that are right, interleaved.
 
-A round takes a sample of each rival in turn, then of the floor, and then of the baseline again, as a control:
+A round takes a sample of each rival in turn, then of the floors, and then of the baseline again, as a control:
 
     A B C floor A'   A B C floor A'   A B C floor A'  ...
 
 Ratios are taken within a round, so that what slows the machine down for a while cancels out, and the interval
 of a ratio is that of the rounds' ratios. Where the medians of A and A' differ by more than 10 %, or the
 interval of their ratio reaches beyond 25 %, the machine was too busy, and the case is marked "not judged".
-A sample is the mean of as many calls as fill 10 ms. A rival whose result is wrong is refused, and not timed.
+A sample is the mean of as many calls as fill 10 ms, up to the moment when all their work is done (`clock`). A rival
+whose result is wrong is refused, and not timed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 import torch
 
 from fastseq_benchmarks import measure
-from fastseq_benchmarks.floor import fma_sampler
+from fastseq_benchmarks.clock import Clock, clock
+from fastseq_benchmarks.floor import copy_sampler, fma_sampler
 from fastseq_benchmarks.results import CaseResult, RivalResult
 from fastseq_benchmarks.stats import estimate, paired_ratio
 
@@ -34,6 +36,7 @@ CONTROL_TOLERANCE = 0.10  # of the medians
 CONTROL_SPREAD = 0.25  # of the interval of their ratio
 CONTROL = "control"
 FLOOR = "floor"
+COPY = "copy"
 
 Call = Callable[[], Any]
 Tracks = Mapping[str, Callable[[], float]]
@@ -74,6 +77,7 @@ class Case:
         check: `check(result, truth)` is the error, 0 for none.
         tolerance: The error allowed.
         work: The multiply-adds that the floor counts, if the case has a floor.
+        traffic: The bytes that cannot but be read or written, if they are to be compared with a copy's (on a GPU).
         goals: The speed-up aimed at, by rival.
         dtype, device: Of the inputs.
     """
@@ -88,6 +92,7 @@ class Case:
     check: Callable[[Any, Any], float]
     tolerance: float
     work: Callable[[Any], float] | None = None
+    traffic: Callable[[Any], float] | None = None
     goals: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -124,10 +129,13 @@ def run_case(case: Case, effort: Effort, seed: int = 0) -> CaseResult:
     if baseline is None:
         return out
     out.baseline = baseline.name
-    sync = torch.cuda.synchronize if case.device == "cuda" else _nothing
-    tracks = {rival.name: _sampler(rival, effort.sample_s, sync) for rival, _ in admitted}
+    timer = clock(case.device)
+    tracks = {rival.name: _sampler(rival, effort.sample_s, timer) for rival, _ in admitted}
     if case.work is not None:
-        tracks[FLOOR] = fma_sampler(case.device, case.dtype, sync)
+        tracks[FLOOR] = fma_sampler(case.device, case.dtype, timer)
+    if case.traffic is not None:
+        tracks[COPY] = copy_sampler(case.device, timer)
+        out.traffic_bytes = case.traffic(inputs)
     tracks[CONTROL] = tracks[baseline.name]
     samples = round_robin(tracks, effort)
     _evaluate(out, samples, case.work(inputs) if case.work is not None else 0.0)
@@ -158,6 +166,9 @@ def _gate(case: Case, rival: Rival, truth: Any) -> RivalResult:
     try:
         with rival.context():
             out.error = float(case.check((rival.result or rival.call)(), truth))
+    except torch.OutOfMemoryError:
+        out.note = "does not fit into the memory"
+        return out
     except Exception as error:  # a rival that fails must not end the others' run
         out.matches, out.note = False, f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return out
@@ -170,19 +181,17 @@ def _gate(case: Case, rival: Rival, truth: Any) -> RivalResult:
     return out
 
 
-def _sampler(rival: Rival, sample_s: float, sync: Call) -> Callable[[], float]:
+def _sampler(rival: Rival, sample_s: float, timer: Clock) -> Callable[[], float]:
     """A function that takes one sample; how many calls fill it is found out here, once."""
 
     def run(calls: int) -> float:
         with rival.context():
             if calls > 1:
                 rival.call()  # the track before left its own data in the caches; a long call does not care
-            sync()
-            start = time.perf_counter()
+            timer.start()
             for _ in range(calls):
                 rival.call()
-            sync()
-            return (time.perf_counter() - start) / calls
+            return timer.stop() / calls
 
     once = min(run(1) for _ in range(2))
     if once < sample_s:
@@ -209,6 +218,8 @@ def _evaluate(out: CaseResult, samples: Mapping[str, list[float]], work: float) 
     out.judged = max(ratio, 1 / ratio) <= 1 + CONTROL_TOLERANCE and spread <= 1 + CONTROL_SPREAD
     if FLOOR in samples:
         out.fma_per_s = 1 / estimate(samples[FLOOR]).median
+    if COPY in samples:
+        out.copy_bytes_per_s = 1 / estimate(samples[COPY]).median
     for rival in out.rivals:
         if rival.note:
             continue
@@ -218,6 +229,8 @@ def _evaluate(out: CaseResult, samples: Mapping[str, list[float]], work: float) 
         rival.speedup = paired_ratio(base, samples[rival.name])
         if FLOOR in samples:
             rival.floor_share = paired_ratio([work * s for s in samples[FLOOR]], samples[rival.name])
+        if COPY in samples and out.traffic_bytes is not None:
+            rival.copy_share = paired_ratio([out.traffic_bytes * s for s in samples[COPY]], samples[rival.name])
 
 
 def _measure(rival: Rival, out: RivalResult, device: str) -> None:
@@ -226,7 +239,6 @@ def _measure(rival: Rival, out: RivalResult, device: str) -> None:
         out.peak_bytes = measure.peak_bytes(rival.call, device)
         out.kept_bytes = measure.kept_bytes(rival.call)
         out.ops = measure.count_ops(rival.call)
-
-
-def _nothing() -> None:
-    """What there is to wait for on a CPU."""
+        work = measure.device_work(rival.call) if device == "cuda" else None
+        if work is not None:
+            out.kernels, out.launches, out.waits = work

@@ -2,12 +2,14 @@
 
 pip builds in an isolated environment, in which the torch of the target environment is out of sight; a plain
 build requirement on torch would download a second one. So torch is required only where
-`fastseq_native.find_torch` finds none that fits, and CMake and ninja only where the system has none.
+`fastseq_find.find_torch` finds none that fits, and CMake and ninja only where the system has none. nvcc is
+never required: who wants the CUDA library has one, or installs it.
 """
 
 from __future__ import annotations
 
-from fastseq_native import build_mode, find_tool, find_torch, torch_requirement
+from fastseq_find import find_tool, find_torch, torch_requirement
+from fastseq_native import build_mode
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the other hooks are setuptools' own)
 

@@ -1,123 +1,46 @@
-"""Decide what can be compiled, compile it with CMake and ninja, and write down what was left out and why.
+"""Compile what can be compiled with CMake and ninja, and write down what was left out and why.
 
-Nothing here imports torch, asks whether a GPU is present, or downloads anything.
+FASTSEQ_BUILD says what is wanted, see `MODES`. Nothing here imports torch, asks whether a GPU is present, or downloads
+anything.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+import contextlib
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-MODES = ("auto", "cpu", "cuda", "none", "require-cuda")
-MINIMUM_CMAKE = (3, 24)
+import fastseq_cuda
+from fastseq_find import ROOT, BuildError, find_compiler, find_tool, find_torch, torch_requirement, torch_version
+
+MODES = {
+    "auto": "what can be built: the CPU library; the CUDA library where there is nvcc and torch is built for CUDA",
+    "cpu": "the CPU library, or an error",
+    "cuda": "the CPU and the CUDA library, or an error; the latter against any torch",
+    "require-cuda": "the same, and an error too where torch is not built for CUDA",
+    "none": "nothing",
+}
 GIB_PER_JOB = 1.5
-
-# Run by the target's own interpreter: prints where torch is, or null.
-FIND_TORCH = """
-import importlib.metadata, importlib.util, json
-spec = importlib.util.find_spec("torch")
-found = spec is not None and spec.origin is not None
-print(json.dumps([spec.origin, importlib.metadata.version("torch")] if found else None))
-"""
-
-
-class BuildError(Exception):
-    """Why something cannot be built, in words."""
 
 
 def build_mode() -> str:
     """The value of FASTSEQ_BUILD, checked.
 
     Raises:
-        SystemExit: It is none of `MODES`, or asks for what this version does not have.
+        SystemExit: It is none of `MODES`.
     """
     mode = os.environ.get("FASTSEQ_BUILD") or "auto"
     if mode not in MODES:
         raise SystemExit(f"FASTSEQ_BUILD: got {mode!r}, wanted one of {', '.join(MODES)}")
-    if "cuda" in mode:
-        raise SystemExit(
-            f"FASTSEQ_BUILD={mode}: this version of fastseq has no CUDA sources yet; wanted auto, cpu or none"
-        )
     return mode
-
-
-def torch_requirement() -> str:
-    """The requirement on torch of pyproject.toml, so that it is written once."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    match = re.search(r'"(torch *[<>=!~][^"]*)"', text)
-    if match is None:
-        raise BuildError("pyproject.toml has no requirement on torch")
-    return match.group(1)
-
-
-def satisfies(version: str, requirement: str) -> bool:
-    """Whether `version` meets the >= and < bounds of `requirement`, on major and minor number.
-
-    (A build environment has setuptools, and not always packaging.)
-    """
-
-    def release(text: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in re.findall(r"\d+", text)[:2])
-
-    for sign, bound in re.findall(r"(>=|<)\s*([\d.]+)", requirement):
-        if (release(version) >= release(bound)) != (sign == ">="):
-            return False
-    return True
-
-
-def find_torch() -> Path | None:
-    """The folder of an installed torch that fits: in this process's path, else in the target environment's.
-
-    Under build isolation pip hides the target's packages from this process through PYTHONPATH, and the
-    interpreter is still the target's: without that variable it finds them.
-    """
-    here = None
-    spec = importlib.util.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        here = (spec.origin, importlib.metadata.version("torch"))
-    hidden = {"PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME"}
-    found = here or _ask_interpreter({k: v for k, v in os.environ.items() if k not in hidden})
-    if found is None or not satisfies(found[1], torch_requirement()):
-        return None
-    return Path(found[0]).parent
-
-
-def _ask_interpreter(environment: dict[str, str]) -> tuple[str, str] | None:
-    folder = Path(sys.executable).parent  # not the current one: it would be on the path
-    command = [sys.executable, "-c", FIND_TORCH]
-    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    return json.loads(result.stdout) if result.returncode == 0 else None
-
-
-def find_tool(name: str) -> str | None:
-    """The path of cmake (new enough) or ninja, beside this interpreter or on PATH; None if there is none."""
-    for path in (str(Path(sys.executable).parent), None):
-        tool = shutil.which(name, path=path)
-        if tool is None:
-            continue
-        result = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False)
-        numbers = tuple(int(n) for n in re.findall(r"\d+", result.stdout)[:2])
-        if result.returncode == 0 and (name != "cmake" or numbers >= MINIMUM_CMAKE):
-            return tool
-    return None
-
-
-def find_compiler() -> str | None:
-    """The C++ compiler that CMake would take: $CXX, else the usual names."""
-    wanted = os.environ.get("CXX")
-    names = [wanted.split()[0]] if wanted else ["c++", "g++", "clang++"]
-    return next((path for path in map(shutil.which, names) if path), None)
 
 
 def jobs() -> int:
@@ -144,28 +67,43 @@ def build(package: Path, scratch: Path) -> dict[str, Any]:
         SystemExit: Something failed, and FASTSEQ_BUILD does not allow leaving it out.
     """
     mode = build_mode()
-    record: dict[str, Any] = {
-        "mode": mode,
-        "python": platform.python_version(),
-        "built": [],
-        "left_out": {"cuda": "this version of fastseq has no CUDA sources yet"},
-    }
+    record: dict[str, Any] = {"mode": mode, "python": platform.python_version(), "built": [], "left_out": {}}
     _remove_old(package)
     if mode == "none":
         reason = "FASTSEQ_BUILD=none asked for the pure Python package"
-        record["left_out"] |= dict.fromkeys(("cpu", "host"), reason)
+        record["left_out"] |= dict.fromkeys(("cpu", "cuda", "host"), reason)
     else:
-        try:
-            _compile(package, scratch, record)
-        except BuildError as error:
-            if mode != "auto":
-                raise SystemExit(f"fastseq: FASTSEQ_BUILD={mode}, but {error}") from None
-            record["built"] = []
-            record["left_out"] |= dict.fromkeys(("cpu", "host"), str(error))
+        _build_libraries(package, scratch, record)
     (package / "lib").mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2) + "\n"
     (package / "lib" / "build.json").write_text(text, encoding="utf-8")
     return record
+
+
+def _build_libraries(package: Path, scratch: Path, record: dict[str, Any]) -> None:
+    cuda = None
+    if record["mode"] == "cpu":
+        record["left_out"]["cuda"] = "FASTSEQ_BUILD=cpu asked for the CPU library alone"
+    else:
+        with _or_leave_out(record, "cuda"):
+            cuda = fastseq_cuda.plan(record["mode"], find_torch())
+    with _or_leave_out(record, "cpu", "host"):
+        _compile(package, scratch, record)
+    if cuda is not None:
+        with _or_leave_out(record, "cuda"):
+            _compile_cuda(package, scratch, record, cuda)
+
+
+@contextlib.contextmanager
+def _or_leave_out(record: dict[str, Any], *names: str) -> Iterator[None]:
+    """Write down under `names` why the block failed; stop the build where FASTSEQ_BUILD asks for them."""
+    try:
+        yield
+    except BuildError as error:
+        if record["mode"] != "auto":
+            raise SystemExit(f"fastseq: FASTSEQ_BUILD={record['mode']}, but {error}") from None
+        record["built"] = [name for name in record["built"] if name not in names]
+        record["left_out"] |= dict.fromkeys(names, str(error))
 
 
 def _remove_old(package: Path) -> None:
@@ -188,21 +126,42 @@ def _compile(package: Path, scratch: Path, record: dict[str, Any]) -> None:
     if find_compiler() is None:
         looked = os.environ.get("CXX") or "c++, g++, clang++"
         raise BuildError(f"no C++ compiler was found (looked for {looked})")
-    define = {"FASTSEQ_TORCH": str(torch), "CMAKE_MAKE_PROGRAM": ninja, "FASTSEQ_PYTHON_INCLUDE": ""}
+    define = {"FASTSEQ_TORCH": str(torch), "CMAKE_MAKE_PROGRAM": ninja}
+    define |= {"FASTSEQ_PYTHON_INCLUDE": "", "FASTSEQ_NVCC": ""}  # the cache may have an earlier build's
     if (Path(sysconfig.get_path("include")) / "Python.h").exists():
         define["FASTSEQ_PYTHON_INCLUDE"] = sysconfig.get_path("include")
         define["FASTSEQ_PYTHON_SUFFIX"] = sysconfig.get_config_var("EXT_SUFFIX")
         record["built"].append("host")
     else:
         record["left_out"]["host"] = "this Python has no Python.h (its development package is not installed)"
-    options = [f"-D{name}={value}" for name, value in define.items()]
-    _run("configuring", [cmake, "-S", str(ROOT), "-B", str(scratch), "-G", "Ninja", *options])
-    _run("compiling", [cmake, "--build", str(scratch), "--parallel", str(jobs())])
+    _cmake(cmake, scratch, define, "all")
     _run("installing", [cmake, "--install", str(scratch), "--prefix", str(package)])
     record["built"].append("cpu")
-    version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text(encoding="utf-8"))
-    record["torch"] = version.group(1) if version else "unknown"
+    record["torch"] = torch_version(torch) or "unknown"
     record |= json.loads((scratch / "toolchain.json").read_text(encoding="utf-8"))
+
+
+def _compile_cuda(package: Path, scratch: Path, record: dict[str, Any], cuda: fastseq_cuda.Cuda) -> None:
+    """Add the CUDA library to the build of the CPU library, whose settings CMake remembers."""
+    cmake = find_tool("cmake")
+    if "cpu" not in record["built"] or cmake is None:
+        raise BuildError("the CPU library was not built")
+    define = {
+        "FASTSEQ_NVCC": cuda.nvcc,
+        "FASTSEQ_CUDA_GENCODE": ";".join(cuda.gencode()),
+        "FASTSEQ_JOBS": str(jobs()),
+    }
+    _cmake(cmake, scratch, define, "fastseq_cuda")
+    _run("installing", [cmake, "--install", str(scratch), "--prefix", str(package), "--component", "cuda"])
+    record["built"].append("cuda")
+    record |= {"nvcc": cuda.version, "cuda_architectures": cuda.architectures}
+    record |= json.loads((scratch / "cuda.json").read_text(encoding="utf-8"))
+
+
+def _cmake(cmake: str, scratch: Path, define: dict[str, str], target: str) -> None:
+    options = [f"-D{name}={value}" for name, value in define.items()]
+    _run("configuring", [cmake, "-S", str(ROOT), "-B", str(scratch), "-G", "Ninja", *options])
+    _run("compiling", [cmake, "--build", str(scratch), "--parallel", str(jobs()), "--target", target])
 
 
 def _run(what: str, command: list[str]) -> None:

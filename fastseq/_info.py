@@ -81,9 +81,19 @@ def _machine() -> dict[str, Any]:
 def _torch_devices() -> dict[str, Any]:
     import torch
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus))
-    return {"threads": torch.get_num_threads(), "GPUs": names or "none"}
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "built for CUDA": torch.version.cuda or "no"}
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return found | ({f"GPU {i}": _gpu(i) for i in range(count)} or {"GPUs": "none"})
+
+
+def _gpu(index: int) -> str:
+    """Its name and architecture, and whether the CUDA library can run there."""
+    import torch
+
+    library = importlib.import_module("fastseq.library")
+    capability = torch.cuda.get_device_capability(index)
+    name = f"{torch.cuda.get_device_name(index)}, sm_{capability[0]}{capability[1]}"
+    return f"{name}; {library.cannot_run(capability) or 'the CUDA library can run on it'}"
 
 
 def _build() -> dict[str, Any]:
@@ -94,6 +104,11 @@ def _build() -> dict[str, Any]:
 def _libraries() -> dict[str, Any]:
     library = importlib.import_module("fastseq.library")
     found: dict[str, Any] = {d: library.why_not(d) or f"loaded, {library.path(d)}" for d in library.DEVICES}
+    if library.loaded("cuda"):
+        there = library.driver()
+        architectures = ", ".join(library.build_record().get("cuda_architectures", []))
+        found["cuda kernels"] = f"CUDA {_dotted(library.runtime())}, for sm_{architectures}"
+        found["NVIDIA driver"] = f"for CUDA {_dotted(there)}" if there else "none was found: no GPU can be used"
     if library.loaded("cpu"):
         found["cpu kernels"] = f"{library.isa()} (of {', '.join(library.isas())})"
     try:
@@ -102,6 +117,10 @@ def _libraries() -> dict[str, Any]:
     except ImportError as error:
         found["host module"] = f"not loaded, its Python twin is used: {error}"
     return found
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _ops() -> dict[str, Any]:

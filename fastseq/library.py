@@ -1,6 +1,8 @@
 """Load the compiled op libraries, and remember in words why one could not be loaded. Importing never raises.
 
     loaded("cpu"), why_not("cpu")     whether the library of a device is in, and if not, why
+    cannot_run((8, 0))                why the CUDA library cannot run on a GPU of that compute capability
+    driver(), runtime()               the CUDA of the NVIDIA driver here, and of the library
     isa(), isas()                     the kernels' instruction set in use; those that could be
     use_isa("avx2")                   another one inside a `with` block, for tests and benchmarks
 
@@ -13,12 +15,13 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["build_record", "isa", "isas", "loaded", "path", "use_isa", "why_not"]
+__all__ = ["build_record", "cannot_run", "driver", "isa", "isas", "loaded", "path", "runtime", "use_isa", "why_not"]
 
 FOLDER = Path(__file__).parent / "lib"
 DEVICES = ("cpu", "cuda")
@@ -50,6 +53,35 @@ def loaded(device: str) -> bool:
 def why_not(device: str) -> str | None:
     """The reason that the compiled library of `device` is not loaded, or None if it is."""
     return None if loaded(device) else _reasons.get(device, f"there is no compiled library for {device!r}")
+
+
+def runtime() -> tuple[int, int] | None:
+    """The CUDA version of the CUDA library, or None where that is not loaded."""
+    return _version(_libraries["cuda"].fastseq_cuda_runtime_version()) if loaded("cuda") else None
+
+
+def driver() -> tuple[int, int] | None:
+    """The latest CUDA version that the NVIDIA driver can run; None where there is no driver, or no CUDA library."""
+    version = _libraries["cuda"].fastseq_cuda_driver_version() if loaded("cuda") else 0
+    return _version(version) if version else None
+
+
+def cannot_run(capability: tuple[int, int]) -> str | None:
+    """The reason that the CUDA library cannot run on a GPU of this compute capability, or None if it can."""
+    needed, there = runtime(), driver()
+    if needed is None:
+        return why_not("cuda")
+    if there is None:
+        return "no NVIDIA driver was found"
+    if there[0] < needed[0]:  # within one major version, drivers run what is newer than they are
+        return f"the CUDA library needs an NVIDIA driver for CUDA {needed[0]}.0, this one is for {there[0]}.{there[1]}"
+    names = build_record().get("cuda_architectures", [])
+    if any(_has_code(name, capability) for name in names):
+        return None
+    reason = f"the CUDA library has code for sm_{', '.join(names)}, and this GPU is sm_{capability[0]}{capability[1]}"
+    if capability < (7, 5) and needed >= (13, 0):
+        reason += "; nvcc 13 compiles for none before sm_75, an nvcc of CUDA 12 does"
+    return reason
 
 
 def isa() -> str | None:
@@ -98,6 +130,22 @@ def _load(device: str) -> None:
     except Exception as error:  # whatever it is, the package must work without the library
         built = f" (built against torch {record['torch']})" if "torch" in record else ""
         _reasons[device] = f"built, but it cannot be loaded{built}: {error}"
+
+
+def _version(number: int) -> tuple[int, int]:
+    return number // 1000, number % 1000 // 10  # 12040 is 12.4
+
+
+def _has_code(name: str, capability: tuple[int, int]) -> bool:
+    """Whether what was compiled for `name`, as in 80, 90a, 120+PTX, runs on a GPU of this compute capability."""
+    match = re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", name)
+    if match is None:
+        return False
+    built = (int(match[1]), int(match[2]))
+    if match[3] == "a":  # for this very architecture
+        return capability == built
+    same_generation = capability[0] == built[0] and capability >= built
+    return same_generation or (match[4] is not None and match[3] == "" and capability >= built)
 
 
 def _declare(library: ctypes.CDLL) -> None:

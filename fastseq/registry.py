@@ -6,7 +6,10 @@ one opaque op, autograd is written once for all backends, and the choice is stil
 
     op(*args)                     run it on the first backend that can
     op.explain(*args)             a line per backend: "ok", or why it cannot run these arguments
+    op.register(Backend(...))     add one from outside
     with use("eager"): ...        force one backend; forcing never falls back
+
+Backends are tried in the order in which they were registered: the compiled ones, triton, eager.
 """
 
 from __future__ import annotations
@@ -23,15 +26,13 @@ import torch
 from torch import Tensor
 
 from fastseq import library
+from fastseq.reasons import WhyNot, needs, no_cuda, with_gpu
 
-__all__ = ["OPS", "Backend", "BackendError", "Op", "explain", "use"]
+__all__ = ["OPS", "Backend", "BackendError", "Op", "explain", "needs", "no_cuda", "use", "value_errors"]
 
 NAMESPACE = "fastseq"
 LIB = torch.library.Library(NAMESPACE, "DEF")
 OPS: dict[str, Op] = {}
-
-WhyNot = Callable[..., str | None]
-"""Given an op's arguments: None if a backend can run them, else the reason in words."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "fastseq_backend", default=os.environ.get("FASTSEQ_BACKEND") or None
@@ -47,11 +48,12 @@ class Backend:
     """One implementation of an op.
 
     Attributes:
-        name: cpu, cuda, triton, eager or reference.
+        name: cpu, cuda, triton, eager or reference, or that of a backend from outside.
         run: The implementation; takes the op's arguments.
         why_not: The reason it cannot run given arguments, or None.
         available: The reason it cannot run anything on this machine, or None.
-        automatic: Whether it is chosen without being forced (all but the reference).
+        automatic: Whether it is chosen without being forced (all of the package's but the reference).
+        device: The type of device it is for, where tests and benchmarks try it; None for any.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Backend:
     why_not: WhyNot
     available: Callable[[], str | None] = lambda: None
     automatic: bool = True
+    device: str | None = None
 
     def refusal(self, *args: Any) -> str | None:
         """The reason this backend cannot run `args` here, or None."""
@@ -89,8 +92,10 @@ class Op:
         self.samples = samples
         self.backends = [
             Backend("eager", eager, lambda *_: None),
-            Backend("reference", reference, needs(device="cpu"), automatic=False),
+            Backend("reference", reference, needs(device="cpu"), automatic=False, device="cpu"),
         ]
+        self.setup: Any = None  # the derivative, where it has one: see `autograd`
+        self.backward: Any = None
         self._function: Any = None  # the op as an autograd.Function, where it has a derivative
         self._direct: Callable[..., Any] | None = None  # its apply
         LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -101,23 +106,41 @@ class Op:
         self.torch_op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         OPS[self.name] = self
 
+    def register(self, backend: Backend, *, before: str = "eager") -> None:
+        """Add a backend, to be tried before the one named.
+
+        Raises:
+            ValueError: The op has a backend of its name, or none that is named `before`.
+        """
+        names = [b.name for b in self.backends]
+        if backend.name in names:
+            raise ValueError(f"backend: {self.name} has one named {backend.name!r} already")
+        if before not in names:
+            raise ValueError(f"before: got {before!r}, wanted one of {', '.join(names)}")
+        self.backends.insert(names.index(before), backend)
+
     def compiled(self, device: str, why_not: WhyNot) -> None:
         """Add the compiled backend of `device`: the op of this name in the library `fastseq_<device>`."""
         missing = library.why_not(device)
         if missing is not None:
             self.lacks(device, missing)
             return
-        run = getattr(getattr(torch.ops, f"{NAMESPACE}_{device}"), self.name).default
-        self._insert(Backend(device, _value_errors(run), why_not))
+        run = value_errors(getattr(getattr(torch.ops, f"{NAMESPACE}_{device}"), self.name).default)
+        if device == "cuda":
+            self.register(Backend(device, run, with_gpu(why_not), no_cuda, device=device))
+        else:
+            self.register(Backend(device, run, why_not, device=device))
 
-    def lazy(self, name: str, target: str, why_not: WhyNot, available: Callable[[], str | None]) -> None:
+    def lazy(
+        self, name: str, target: str, why_not: WhyNot, available: Callable[[], str | None], device: str = "cuda"
+    ) -> None:
         """Add a backend that is imported at its first call; `target` is "package.module:function"."""
 
         def run(*args: Any) -> Any:
             module, _, attribute = target.partition(":")
             return getattr(importlib.import_module(module), attribute)(*args)
 
-        self._insert(Backend(name, run, why_not, available))
+        self.register(Backend(name, run, why_not, available, device=device))
 
     def lacks(self, name: str, reason: str) -> None:
         """Say why there is no backend `name`: `fastseq info`, `explain` and the error of forcing it repeat it."""
@@ -125,7 +148,8 @@ class Op:
         def run(*args: Any) -> Any:
             raise BackendError(f"{self.name} has no backend {name!r}: {reason}")
 
-        self._insert(Backend(name, run, lambda *_: reason, lambda: reason))
+        device = "cpu" if name == "cpu" else "cuda"
+        self.register(Backend(name, run, lambda *_: reason, lambda: reason, device=device))
 
     def autograd(self, *, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Give the op its derivative, for every backend.
@@ -133,7 +157,12 @@ class Op:
         `setup(ctx, inputs, output)` and `backward(ctx, *grads)` are those of `torch.library.register_autograd`. They
         serve twice: below torch.compile, through the dispatcher, and else through an ordinary autograd.Function, which
         functorch understands, and which costs about 55 us less a training step than the dispatcher's way.
+
+        Autograd runs the backward pass of a GPU's tensors in a thread of its own, which `use` does not reach: so the
+        backend that was forced when `setup` ran is forced again while `backward` runs. Both are kept, with that, as
+        attributes, for an autograd.Function that has the op inside.
         """
+        self.setup, self.backward = setup, backward = _on_the_same_backend(setup, backward)
         torch.library.register_autograd(f"{NAMESPACE}::{self.name}", backward, setup_context=setup, lib=LIB)
         self._function = _function(self.name, self.run, setup, backward, self._vmap)
         # What Function.apply comes down to outside functorch, less the inspection of the signature (60 us).
@@ -161,7 +190,8 @@ class Op:
         forced = _forced.get()
         for backend in self.backends:
             wanted = backend.automatic if forced is None else backend.name == forced
-            if wanted and backend.refusal(*args) is None:
+            # The arguments first: what the machine has may be slow to find out, and wakes its driver up.
+            if wanted and backend.why_not(*args) is None and backend.available() is None:
                 return backend
         what = "no backend can" if forced is None else f"the forced backend {forced!r} cannot"
         raise BackendError(f"{what} run {self.name} on these arguments:\n{self.explain(*args)}")
@@ -169,9 +199,6 @@ class Op:
     def explain(self, *args: Any) -> str:
         """One line a backend, in order of choice: `ok`, or the reason it cannot run `args`."""
         return "\n".join(f"  {b.name:9s} {b.refusal(*args) or 'ok'}" for b in self.backends)
-
-    def _insert(self, backend: Backend) -> None:
-        self.backends.insert(len(self.backends) - 2, backend)  # before eager and reference
 
 
 def opaque(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -243,7 +270,7 @@ def is_plain(args: Sequence[Any]) -> bool:
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), int, float, bool}
 
 
-def _value_errors(run: Callable[..., Any]) -> Callable[..., Any]:
+def value_errors(run: Callable[..., Any]) -> Callable[..., Any]:
     """Turn the compiled library's "fastseq: argument ..." failures into ValueError, without the C++ trace."""
 
     def checked(*args: Any) -> Any:
@@ -258,30 +285,32 @@ def _value_errors(run: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def needs(
-    *,
-    device: str | None = None,
-    dtype: Sequence[torch.dtype] | None = None,
-    limits: Callable[..., str | None] | None = None,
-) -> WhyNot:
-    """Build the usual `why_not`: on the device and dtype of the op's first argument, a tensor, plus `limits`."""
+def _on_the_same_backend(setup: Callable[..., None], backward: Callable[..., Any]) -> tuple[Any, Any]:
+    """The two functions of a derivative, the second with the backend forced that was forced during the first."""
 
-    def why_not(*args: Any) -> str | None:
-        lead = args[0]
-        if device is not None and lead.device.type != device:
-            return f"needs a {device} tensor, got one on {lead.device}"
-        if dtype is not None and lead.dtype not in dtype:
-            return f"needs one of {', '.join(str(d).removeprefix('torch.') for d in dtype)}, got {lead.dtype}"
-        return limits(*args) if limits is not None else None
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.forced = _forced.get()
+        setup(ctx, inputs, output)
 
-    return why_not
+    def repeat(ctx: Any, *grads: Any) -> Any:
+        if ctx.forced == _forced.get():
+            return backward(ctx, *grads)
+        token = _forced.set(ctx.forced)
+        try:
+            return backward(ctx, *grads)
+        finally:
+            _forced.reset(token)
+
+    return remember, repeat
 
 
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
     """Force one backend by name inside a `with` block; a call that it cannot run raises `BackendError`.
 
-    The environment variable FASTSEQ_BACKEND does the same for a whole process.
+    A backward pass runs on the backend that was forced for its forward pass, or on its own choice if none was, wherever
+    and in whatever thread it runs. Not so one that torch.compile has compiled: that follows the `use` of its own
+    thread, which on a GPU is autograd's. The environment variable FASTSEQ_BACKEND forces everywhere in a process.
 
     Raises:
         ValueError: No op has a backend of that name.

@@ -1,8 +1,10 @@
-"""Fixtures for all tests: the same random numbers and the same threads at the start of each."""
+"""For all tests: the same random numbers and threads at the start of each; those for a GPU, skipped and counted."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,3 +20,25 @@ def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(1 if request.path.parent.name in ONE_THREAD else 2)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; `pytest -m gpu` runs these alone")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not gpu:
+        return
+    from fastseq.reasons import no_cuda
+
+    reason = no_cuda()
+    for item in gpu if reason is not None else ():
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Nobody shall take a run for more than it was: the GPU tests that were skipped, and why."""
+    skipped = (r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords)
+    for reason, count in Counter(r.longrepr[2].removeprefix("Skipped: ") for r in skipped).items():
+        terminalreporter.write_line(f"{count} GPU tests skipped: {reason}")

@@ -5,12 +5,14 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastseq_benchmarks import cli, crf, crf_truth
+from fastseq.registry import OPS, Backend, no_cuda
+from fastseq_benchmarks import cli, crf, crf_truth, machine
 from fastseq_benchmarks.results import load
 from fastseq_benchmarks.runner import Effort
 
@@ -127,6 +129,66 @@ def test_wrong_arguments_get_a_clear_error(
 ) -> None:
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.skipif(no_cuda() is None, reason="there is a GPU")
+def test_without_a_gpu_there_is_one_line_that_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["crf", "--device", "cuda"]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"fastseq bench: --device: got 'cuda', and {no_cuda()}"
+    assert "torch finds no CUDA device" in line
+
+
+def backend(name: str, device: str | None, reason: str | None = None, *, automatic: bool = True) -> Backend:
+    return Backend(name, lambda *_: None, lambda *_: reason, automatic=automatic, device=device)
+
+
+def test_the_backends_of_a_device_are_rivals_each_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = [
+        backend("cpu", "cpu"),
+        backend("cuda", "cuda"),
+        backend("triton", "cuda", "at most 128 tags"),
+        backend("emulator", "cpu", automatic=False),
+        backend("eager", None),
+        backend("reference", "cpu", automatic=False),
+    ]
+    monkeypatch.setattr(OPS["crf_viterbi"], "backends", backends)
+
+    def rivals(device: str) -> dict[str, str]:
+        lead = SimpleNamespace(device=torch.device(device))
+        return {r.name: r.missing for r in crf._fastseq("crf_viterbi", (lead,), lambda: 0, lambda: 0)}
+
+    assert rivals("cpu") == {"fastseq cpu": "", "fastseq eager": ""}
+    assert rivals("cuda") == {"fastseq cuda": "", "fastseq triton": "at most 128 tags", "fastseq eager": ""}
+
+
+def test_traffic_by_hand() -> None:
+    problem = inputs((2, 4, 3))
+    n = int(problem.mask.sum())
+    assert crf._traffic(problem, grad=False) == 4 * 3 * n + 9 * 8 + 4 * 15
+    assert crf._traffic(problem, grad=True) == 4 * 3 * (n + 8) + 9 * 8 + 2 * 4 * 15
+    assert crf.loss_cases([(2, 4, 3)], torch.float32, "cpu")[0].traffic is None
+    assert crf.loss_cases([(2, 4, 3)], torch.float32, "cuda")[0].traffic is not None
+
+
+def test_nvidia_smi_is_read_and_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], **_: Any) -> Any:
+        asked.append(command)
+        return SimpleNamespace(stdout="580.65.06, 345 MHz, 1980 MHz, 2619 MHz, 2619 MHz, 700.00 W, 31\n")
+
+    monkeypatch.setattr(machine.subprocess, "run", answer)
+    found = machine._nvidia_smi("12-34")
+    assert found["driver"] == "580.65.06"
+    assert found["sm clock at most"] == "1980 MHz"
+    assert "--id=GPU-12-34" in asked[0]
+
+    def absent(command: list[str], **_: Any) -> Any:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(machine.subprocess, "run", absent)
+    assert machine._nvidia_smi("12-34") == {}
 
 
 def test_accuracy_table_against_float64() -> None:

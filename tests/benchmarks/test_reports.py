@@ -102,6 +102,35 @@ def test_the_table_says_what_was_refused_and_which_goal_was_met() -> None:
     assert report.case_table(case).rows[1][4] == "90x not judged"
 
 
+def test_on_a_gpu_the_table_has_bandwidth_and_launches() -> None:
+    case = sample_report().cases[0]
+    case.device, case.copy_bytes_per_s, case.traffic_bytes = "cuda", 3e12, 2e9
+    ours = case.rivals[1]
+    ours.copy_share, ours.kernels, ours.launches, ours.waits = around(0.25), 4, 3, 0
+    table = report.case_table(case)
+    assert table.title.endswith("copy 3000 GB/s")
+    assert dict(zip(table.columns[-4:], table.rows[1][-4:], strict=True)) == {
+        "GB/s (of a copy)": "2000 (25.0 %)",
+        "kernels": "4",
+        "launches": "3",
+        "waits": "0",
+    }
+    assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+def test_more_kernels_and_waits_are_regressions() -> None:
+    old, new = slowed(1.0), slowed(1.0)
+    old.cases[0].rivals[1].kernels, new.cases[0].rivals[1].kernels = 3, 4
+    assert verdicts(old, new)[0]["ours"] == "REGRESSION: kernels 3 -> 4"
+    old.cases[0].rivals[1].waits, new.cases[0].rivals[1].waits, new.cases[0].rivals[1].kernels = 0, 1, 3
+    assert verdicts(old, new)[0]["ours"] == "REGRESSION: waits 0 -> 1"
+
+
+def test_a_report_of_an_earlier_version_is_read() -> None:
+    committed = Path(__file__).parents[2] / "benchmarks" / "results" / "crf-cpu.json"
+    assert results.load(committed).cases[0].rivals[0].kernels is None
+
+
 def test_plain_and_rich_tables_print(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     report.print_table(report.case_table(sample_report().cases[0]))
     monkeypatch.setenv("COLUMNS", "300")

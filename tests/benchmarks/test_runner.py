@@ -3,12 +3,14 @@
 import itertools
 import math
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastseq_benchmarks import measure, runner
+from fastseq_benchmarks import floor, measure, runner
+from fastseq_benchmarks.clock import DeviceClock, HostClock, clock
 from fastseq_benchmarks.runner import Case, Effort, Rival, round_robin, run_case
 from fastseq_benchmarks.stats import estimate, paired_ratio
 
@@ -62,6 +64,16 @@ def test_a_rival_that_raises_is_refused_and_the_next_is_the_baseline() -> None:
 
     out = run_case(case(Rival("fails", fails), Rival("right", lambda: 1.0)), THREE_ROUNDS)
     assert out.rivals[0].note == "failed: ValueError: no such thing"
+    assert out.baseline == "right"
+
+
+def test_a_rival_that_needs_too_much_memory_is_not_wrong() -> None:
+    def fails() -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    out = run_case(case(Rival("large", fails), Rival("right", lambda: 1.0)), THREE_ROUNDS)
+    assert out.rivals[0].note == "does not fit into the memory"
+    assert not out.wrong
     assert out.baseline == "right"
 
 
@@ -174,3 +186,99 @@ def test_a_short_call_is_repeated_until_the_sample_is_long_enough() -> None:
     count = itertools.count()
     run_case(case(Rival("A", lambda: next(count) * 0 + 1.0)), Effort(0.0, min_rounds=1, sample_s=0.002))
     assert next(count) > 100
+
+
+# ---- a GPU, as far as it goes without one ----------------------------------------------------------------------------
+
+
+class FakeGpu:
+    """What DeviceClock uses of torch.cuda, with a host's and a device's time, in seconds, that only calls move."""
+
+    def __init__(self) -> None:
+        self.host = 0.0
+        self.idle_at = 0.0  # when the device has done all that it was given
+
+    def launch(self, seconds: float, *, host: float = 0.0) -> None:
+        self.host += host
+        self.idle_at = max(self.idle_at, self.host) + seconds
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.idle_at)
+
+    def Event(self, *, enable_timing: bool) -> Any:  # noqa: N802  (torch's name)
+        assert enable_timing
+        event = SimpleNamespace(at=math.nan)
+
+        def record() -> None:
+            event.at = max(self.host, self.idle_at)
+
+        def elapsed_time(end: Any) -> float:
+            assert self.host >= end.at, "the event is not there yet: torch raises"
+            return 1e3 * (end.at - event.at)
+
+        event.record, event.elapsed_time = record, elapsed_time
+        return event
+
+
+def test_a_devices_work_is_timed_to_its_end_and_nothing_before_it() -> None:
+    gpu = FakeGpu()
+    timer = DeviceClock(gpu)
+    gpu.launch(100.0)  # another's, still running
+    timer.start()
+    for _ in range(3):
+        gpu.launch(2.0, host=0.5)
+    assert gpu.host < gpu.idle_at  # the calls came back long before
+    assert timer.stop() == pytest.approx(0.5 + 3 * 2.0)
+    timer.start()
+    for _ in range(3):
+        gpu.launch(0.1, host=2.0)  # the host is too slow to keep the device busy
+    assert timer.stop() == pytest.approx(3 * 2.0 + 0.1)
+
+
+def test_a_case_on_a_gpu_is_timed_by_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu()
+    monkeypatch.setattr(runner, "clock", lambda device: DeviceClock(gpu) if device == "cuda" else HostClock())
+    monkeypatch.setattr(runner, "copy_sampler", lambda device, timer: lambda: 1e-9)
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, device: 0)
+    monkeypatch.setattr(measure, "device_work", lambda call: (3, 2, 1))
+
+    def call(seconds: float) -> Any:
+        return lambda: gpu.launch(seconds) or 1.0
+
+    slow, fast = Rival("slow", call(2.0)), Rival("fast", call(0.5))
+    out = run_case(case(slow, fast, device="cuda", traffic=lambda inputs: 2.5e8), THREE_ROUNDS)
+    assert [r.seconds.median for r in out.rivals if r.seconds] == [2.0, 0.5]
+    assert out.judged
+    second = out.rivals[1]
+    assert second.speedup is not None
+    assert second.speedup.median == 4.0
+    assert (second.kernels, second.launches, second.waits) == (3, 2, 1)
+    assert out.copy_bytes_per_s == pytest.approx(1e9)
+    assert second.copy_share is not None
+    assert second.copy_share.median == pytest.approx(0.5)  # 0.25 s to copy the bytes, 0.5 s for the call
+
+
+def test_the_clock_of_a_cpu_is_the_hosts() -> None:
+    assert isinstance(clock("cpu"), HostClock)
+    timer = clock("cpu")
+    timer.start()
+    assert 0 <= timer.stop() < 1
+
+
+def test_a_copy_counts_a_byte_read_and_a_byte_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Steady(HostClock):
+        def stop(self) -> float:
+            return 1.0
+
+    monkeypatch.setattr(floor, "COPY_BYTES", 1000)
+    assert floor.copy_sampler("cpu", Steady())() == pytest.approx(1 / 2000)
+
+
+def test_events_of_a_profile_are_counted() -> None:
+    host, gpu = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    on_the_host = ("aten::mul", "cudaLaunchKernel", "cuLaunchKernelEx", "cudaMemsetAsync", "cudaStreamSynchronize")
+    events = [SimpleNamespace(name=name, device_type=host) for name in (*on_the_host, "cudaDeviceSynchronize")]
+    assert measure.count_events(events) is None
+    on_the_gpu = ("void fastseq::crf::sweep", "triton_sweep", "Memset (Device)")
+    events += [SimpleNamespace(name=name, device_type=gpu) for name in on_the_gpu]
+    assert measure.count_events(events) == (3, 3, 1)

@@ -1,6 +1,7 @@
-"""Every op x backend x law: a new op is tested by being registered.
+"""Every op x backend x device x law: a new op is tested by being registered.
 
-Backends that this machine does not have are skipped, with the reason. FASTSEQ_SEED=n draws other samples.
+Backends and devices that this machine does not have are skipped, with the reason; `pytest -m gpu` runs those on a GPU.
+FASTSEQ_SEED=n draws other samples.
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ from fastseq.testing import assert_matches_reference, backend_of, compare, descr
 
 SEED = int(os.environ.get("FASTSEQ_SEED", "0"))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-PAIRS = [(name, b.name) for name, op in sorted(OPS.items()) for b in op.backends if b.name != "reference"]
-DIFFERENTIABLE = [(name, backend) for name, backend in PAIRS if OPS[name]._direct is not None]
+TRIPLES = [
+    pytest.param(name, b.name, device, marks=[pytest.mark.gpu] * (device == "cuda"))
+    for name, op in sorted(OPS.items())
+    for b in op.backends
+    if b.name != "reference"
+    for device in ([b.device] if b.device else ["cpu", "cuda"])
+]
+DIFFERENTIABLE = [triple for triple in TRIPLES if OPS[str(triple.values[0])].backward is not None]
 
-each = pytest.mark.parametrize(("name", "backend"), PAIRS)
-each_differentiable = pytest.mark.parametrize(("name", "backend"), DIFFERENTIABLE)
+each = pytest.mark.parametrize(("name", "backend", "device"), TRIPLES)
+each_differentiable = pytest.mark.parametrize(("name", "backend", "device"), DIFFERENTIABLE)
 
 
 @pytest.fixture
@@ -37,14 +44,16 @@ def op(name: str, backend: str) -> Any:
         yield OPS[name]
 
 
-def samples_of(op: Op, dtype: torch.dtype = torch.float64, seed: int = SEED) -> list[tuple[Any, ...]]:
-    return list(sample_inputs(op, dtype=dtype, seed=seed))
+def samples_of(op: Op, device: str, dtype: torch.dtype = torch.float64, seed: int = SEED) -> list[tuple[Any, ...]]:
+    return list(sample_inputs(op, device=device, dtype=dtype, seed=seed))
 
 
-def ordinary(op: Op, dtype: torch.dtype = torch.float64, count: int = 3, seed: int = SEED) -> list[tuple[Any, ...]]:
+def ordinary(
+    op: Op, device: str, dtype: torch.dtype = torch.float64, count: int = 3, seed: int = SEED
+) -> list[tuple[Any, ...]]:
     """A few small finite samples that are not empty, of as many kinds (masked, strided) as there are."""
     kinds: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    for args in samples_of(op, dtype, seed):
+    for args in samples_of(op, device, dtype, seed):
         tensors = [a for a in args if isinstance(a, Tensor)]
         small = all(0 < t.numel() <= 80 and t.shape[0] > 1 for t in tensors)
         if small and all(bool((t.double().abs() < 50).all()) for t in tensors):
@@ -61,19 +70,19 @@ def leaves(args: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
 def scalar(output: Any) -> Tensor:
     """A number that depends on every element of the first output, the one that is trained on."""
     first: Tensor = output if isinstance(output, Tensor) else output[0]
-    return (first * torch.linspace(1, 2, first.numel()).view(first.shape)).sum()
+    return (first * torch.linspace(1, 2, first.numel(), device=first.device).view(first.shape)).sum()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each
-def test_matches_reference(op: Op, backend: str, dtype: torch.dtype) -> None:
-    assert_matches_reference(op, backend, dtype=dtype, seed=SEED)
+def test_matches_reference(op: Op, backend: str, device: str, dtype: torch.dtype) -> None:
+    assert_matches_reference(op, backend, device=device, dtype=dtype, seed=SEED)
 
 
 @each
-def test_fake_is_like_real(op: Op) -> None:
+def test_fake_is_like_real(op: Op, device: str) -> None:
     """Shapes, dtypes and strides of the fake implementation are the real ones, for every sample."""
-    for args in samples_of(op, torch.bfloat16) + samples_of(op, torch.float64)[::5]:
+    for args in samples_of(op, device, torch.bfloat16) + samples_of(op, device)[::5]:
         real = op.torch_op(*args)
         with FakeTensorMode() as mode:
             fake = op.torch_op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
@@ -84,16 +93,16 @@ def test_fake_is_like_real(op: Op) -> None:
 
 
 @each
-def test_opcheck(op: Op) -> None:
-    for args in ordinary(op, torch.float32):
-        args = leaves(args)[0] if op._direct is not None else args
+def test_opcheck(op: Op, device: str) -> None:
+    for args in ordinary(op, device, torch.float32):
+        args = leaves(args)[0] if op.backward is not None else args
         torch.library.opcheck(op.torch_op, args)
 
 
 @each_differentiable
-def test_gradcheck(op: Op) -> None:
+def test_gradcheck(op: Op, device: str) -> None:
     """First and second derivatives, in the short way of plain calls and through the dispatcher."""
-    for args in ordinary(op):
+    for args in ordinary(op, device):
         copies, floats = leaves(args)
 
         def call(*values: Tensor, way: Any, args: tuple[Any, ...] = copies) -> Any:
@@ -101,18 +110,19 @@ def test_gradcheck(op: Op) -> None:
             return way(*(next(rest) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
 
         for way in (op, op.torch_op):
-            assert torch.autograd.gradcheck(lambda *v, w=way: call(*v, way=w), floats, fast_mode=True)
-            assert torch.autograd.gradgradcheck(lambda *v, w=way: call(*v, way=w), floats, fast_mode=True)
+            check: Any = {"fast_mode": True, "nondet_tol": 0.0 if device == "cpu" else 1e-12}  # index_add_ on a GPU
+            assert torch.autograd.gradcheck(lambda *v, w=way: call(*v, way=w), floats, **check)
+            assert torch.autograd.gradgradcheck(lambda *v, w=way: call(*v, way=w), floats, **check)
 
 
 @each
-def test_compiles_whole(op: Op) -> None:
+def test_compiles_whole(op: Op, device: str) -> None:
     """torch.compile(fullgraph=True) gives the same outputs and gradients."""
-    args, floats = leaves(ordinary(op, torch.float32)[-1])
+    args, floats = leaves(ordinary(op, device, torch.float32)[-1])
     compiled = torch.compile(op.__call__, fullgraph=True, backend="aot_eager")
     got, wanted = compiled(*args), op(*args)
     compare(got, wanted, 1e-6)
-    if op._direct is not None:
+    if op.backward is not None:
         for g, w in zip(
             torch.autograd.grad(scalar(got), floats, allow_unused=True),
             torch.autograd.grad(scalar(wanted), floats, allow_unused=True),
@@ -125,15 +135,15 @@ def test_compiles_whole(op: Op) -> None:
 
 @pytest.mark.slow
 @each
-def test_compiles_with_inductor(op: Op) -> None:
-    args, _ = leaves(ordinary(op, torch.float32)[-1])
+def test_compiles_with_inductor(op: Op, device: str) -> None:
+    args, _ = leaves(ordinary(op, device, torch.float32)[-1])
     compare(torch.compile(op.__call__, fullgraph=True)(*args), op(*args), 1e-6)
 
 
 @each
-def test_vmap(op: Op) -> None:
+def test_vmap(op: Op, device: str) -> None:
     """Over every tensor argument at once, and over the first alone."""
-    one, two = ordinary(op)[-1], ordinary(op, seed=SEED + 1)[-1]
+    one, two = ordinary(op, device)[-1], ordinary(op, device, seed=SEED + 1)[-1]
     assert describe(one) == describe(two)
     tensors = [i for i, a in enumerate(one) if isinstance(a, Tensor)]
     for mapped in (tensors, tensors[:1]):
@@ -151,9 +161,9 @@ def test_vmap(op: Op) -> None:
 
 
 @each_differentiable
-def test_functional_transforms(op: Op) -> None:
+def test_functional_transforms(op: Op, device: str) -> None:
     """vmap(grad) and jacrev of the first float argument are those of a loop with autograd."""
-    args = ordinary(op)[-1]
+    args = ordinary(op, device)[-1]
     place = next(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point())
 
     def at(x: Tensor) -> Any:
@@ -176,8 +186,10 @@ def test_functional_transforms(op: Op) -> None:
 
 
 @each
-def test_threads_and_runs_are_bitwise_equal(op: Op) -> None:
-    for args in samples_of(op, torch.float32)[::4]:
+def test_threads_and_runs_are_bitwise_equal(op: Op, backend: str, device: str) -> None:
+    if (backend, device) == ("eager", "cuda"):
+        pytest.skip("plain torch on a GPU: index_add_ adds in any order")
+    for args in samples_of(op, device, torch.float32)[::4]:
         results = []
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
@@ -187,16 +199,16 @@ def test_threads_and_runs_are_bitwise_equal(op: Op) -> None:
 
 
 @each
-def test_autocast_changes_nothing(op: Op) -> None:
-    args = ordinary(op, torch.float32)[-1]
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast_changes_nothing(op: Op, device: str) -> None:
+    args = ordinary(op, device, torch.float32)[-1]
+    with torch.autocast(device, torch.bfloat16 if device == "cpu" else torch.float16):
         got = op(*args)
-    compare(got, op(*args), 0.0)
+    compare(got, op(*args), 0.0 if device == "cpu" else 1e-6)
 
 
 @each
-def test_strides_do_not_matter(op: Op) -> None:
-    for args in ordinary(op, torch.float32):
+def test_strides_do_not_matter(op: Op, device: str) -> None:
+    for args in ordinary(op, device, torch.float32):
         strided = tuple(torch.stack([a, a], -1)[..., 0] if isinstance(a, Tensor) and a.dim() else a for a in args)
         compare(op(*strided), op(*args), 1e-6)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastseq.ops import crf
 from fastseq.ops.crf import reference
+from fastseq.testing import to_device
 
 INF = math.inf
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -136,11 +137,19 @@ def test_reference_searches_find_the_best_of_all_paths(case: Case, n: int) -> No
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
-def test_samples_have_the_exact_distribution(backend: str) -> None:
+@pytest.fixture
+def sample(has: Any, device: str) -> Any:
+    """The op on tensors that are on the CPU; skips where the forced backend does not have it."""
+    if not has("crf_sample"):
+        pytest.skip("the backend has no crf_sample")
+    return lambda *args: crf.sample(*to_device(args, device)).cpu()
+
+
+def test_samples_have_the_exact_distribution(sample: Any) -> None:
     x, a, s, e = torch.randn(2, 5, 3), torch.randn(3, 3), torch.randn(3), torch.randn(3)
     a[0, 1] = -INF
     mask = torch.tensor([[True] * 5, [False, True, False, True, True]])
-    drawn = crf.sample(torch.rand(20000, 2, 5), x, mask, a, s, e)
+    drawn = sample(torch.rand(20000, 2, 5), x, mask, a, s, e)
     for row in range(2):
         paths = every_path((x, x, x, a, s, e), row, mask[row])
         log_z = log_sum([score for score, _ in paths])
@@ -150,36 +159,40 @@ def test_samples_have_the_exact_distribution(backend: str) -> None:
         assert bool(((counts - p).abs() <= 5 * (p / 20000).sqrt() + 5 * (p > 0) / 20000).all())
 
 
-def test_samples_at_the_ends_of_the_uniforms(backend: str) -> None:
+def test_samples_at_the_ends_of_the_uniforms(sample: Any) -> None:
     """0 gives the first possible tag, and the greatest number below 1 the last possible one."""
     x, a, s, e = torch.zeros(1, 2, 4), torch.zeros(4, 4), torch.zeros(4), torch.tensor([-INF, 0.0, 0.0, -INF])
     x[0, 0, 0], x[0, 0, 3] = -INF, -INF
     for uniform, tag in ((0.0, 1), (1.0 - 2.0**-24, 2)):
-        assert crf.sample(torch.full((1, 1, 2), uniform), x, None, a, s, e).tolist() == [[[tag, tag]]]
+        assert sample(torch.full((1, 1, 2), uniform), x, None, a, s, e).tolist() == [[[tag, tag]]]
 
 
 # ---- Viterbi ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("b", "t", "k"), [(8, 30, 9), (3, 17, 33), (2, 40, 2)])
-def test_viterbi_is_pytorch_crfs_to_the_last_tie(backend: str, b: int, t: int, k: int, random_case: Any) -> None:
+def test_viterbi_is_pytorch_crfs_to_the_last_tie(
+    backend: str, device: str, b: int, t: int, k: int, random_case: Any
+) -> None:
     """Small integers, so that there are ties everywhere, and plain random numbers."""
     peer = pytest.importorskip("torchcrf").CRF(k, batch_first=True)
     for draw in (torch.randn, lambda *shape: torch.randint(-1, 2, shape).float()):
-        _, _, mask, *_ = random_case(b, t, k)
-        x = draw(b, t, k)
+        mask, x = random_case(b, t, k)[2].cpu(), draw(b, t, k)
         for p in peer.parameters():
             p.data = draw(*p.shape)
-        paths, _ = crf.viterbi(
-            x, mask, *(p.detach() for p in (peer.transitions, peer.start_transitions, peer.end_transitions))
-        )
+        model = (p.detach() for p in (peer.transitions, peer.start_transitions, peer.end_transitions))
+        paths = crf.viterbi(*to_device((x, mask, *model), device))[0].cpu()
         assert [p[m].tolist() for p, m in zip(paths, mask, strict=True)] == peer.decode(x, mask)
 
 
-def test_hessian(backend: str) -> None:
+def test_hessian(backend: str, device: str) -> None:
     """The double backward is the covariance of the tag indicators, by enumeration."""
     x, a, s, e = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 3, 2), (2, 2), (2,), (2,)))
-    hessian = torch.autograd.functional.hessian(lambda v: crf.nll(v, None, None, a, s, e).sum(), x).view(6, 6)
+
+    def total(v: Tensor) -> Tensor:
+        return crf.nll(*to_device((v, None, None, a, s, e), device)).sum().cpu()
+
+    hessian = torch.autograd.functional.hessian(total, x).view(6, 6)
     paths = every_path((x, x, x, a, s, e), 0, torch.ones(3, dtype=torch.bool))
     log_z = log_sum([score for score, _ in paths])
     p = torch.tensor([math.exp(score - log_z) for score, _ in paths], dtype=torch.float64)

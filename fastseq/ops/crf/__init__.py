@@ -36,7 +36,8 @@ or X that underflows counts as a pruned edge, and the row is marked unless log Z
   its `tags` are impossible has nll = +inf and the gradient of any other row: expected minus observed.
 - A row of weight 0 has no part in a sum or a gradient, whatever it holds.
 - NaN or +inf in a row makes that row's results NaN, and no other's (`transitions` touch every row).
-- A tag id outside [0, K) that is not -100 raises ValueError, on a CPU; on other devices it is not looked at.
+- A tag id outside [0, K) that is not -100 raises ValueError, on a CPU. A GPU kernel, which nobody waits for, makes its
+  row NaN instead; eager on a GPU does not look.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ from fastseq.registry import Op, is_plain, needs, opaque
 __all__ = ["entropy", "log_likelihood", "nbest", "nll", "nll_grad", "sample", "token_nll", "viterbi"]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NO_GPU_KERNEL = "no CUDA kernel in this version; eager runs it on the GPU"
+CUDA_TAGS = 1024  # csrc/crf/cuda/kernels.h
 _PARAMETERS = "Tensor transitions, Tensor start, Tensor end"
 _MODEL = f"Tensor emissions, Tensor? mask, {_PARAMETERS}"
 _PATHS = f"Tensor emissions, Tensor? tags, Tensor? mask, {_PARAMETERS}"
@@ -61,6 +64,12 @@ def _rows(emissions: Tensor, *trailing: int, dtype: torch.dtype | None = None) -
     """An empty (B, *trailing) output, float64 or float32 unless said otherwise."""
     default = torch.float64 if emissions.dtype == torch.float64 else torch.float32
     return emissions.new_empty((emissions.shape[0], *trailing), dtype=dtype or default)
+
+
+def _few_enough_tags(emissions: Tensor, *_: Any) -> str | None:
+    """What the CUDA kernels can do: a block's shared memory holds some positions of all tags."""
+    tags = emissions.shape[-1]
+    return None if tags <= CUDA_TAGS else f"needs at most {CUDA_TAGS} tags, got {tags}"
 
 
 # ---- nll: the value, a row each --------------------------------------------------------------------------------------
@@ -73,6 +82,7 @@ nll = Op(
     samples=samples.paths,
 )
 nll.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+nll.compiled("cuda", needs(device="cuda", dtype=FLOATS, limits=_few_enough_tags))
 
 
 def _nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -113,6 +123,7 @@ nll_grad = Op(
     samples=samples.weighted_paths,
 )
 nll_grad.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+nll_grad.compiled("cuda", needs(device="cuda", dtype=FLOATS, limits=_few_enough_tags))
 
 
 def _nll_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -178,12 +189,12 @@ class _LogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         output = nll_grad.run(*args)
-        _nll_grad_setup(ctx, args, output)
+        nll_grad.setup(ctx, args, output)
         return cast(Tensor, output[0].neg_())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _nll_grad_backward(ctx, None if grads[0] is None else -grads[0])
+        return nll_grad.backward(ctx, None if grads[0] is None else -grads[0])
 
 
 _log_likelihood: Any = super(torch.autograd.Function, _LogLikelihood).apply  # see Op.autograd
@@ -236,6 +247,7 @@ token_nll = Op(
     samples=samples.tagged_paths,
 )
 token_nll.lacks("cpu", "no compiled kernel in this version; eager runs in the float64 log domain")
+token_nll.lacks("cuda", NO_GPU_KERNEL)
 _differentiate_eagerly(token_nll, eager.token_nll)
 
 entropy = Op(
@@ -246,6 +258,7 @@ entropy = Op(
     samples=samples.models,
 )
 entropy.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+entropy.lacks("cuda", NO_GPU_KERNEL)
 _differentiate_eagerly(entropy, eager.entropy)
 
 
@@ -259,6 +272,7 @@ viterbi = Op(
     samples=samples.models,
 )
 viterbi.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+viterbi.compiled("cuda", needs(device="cuda", dtype=FLOATS, limits=_few_enough_tags))
 viterbi.no_derivative()
 
 nbest = Op(
@@ -272,6 +286,7 @@ nbest = Op(
     samples=samples.models_and_n,
 )
 nbest.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+nbest.lacks("cuda", NO_GPU_KERNEL)
 nbest.no_derivative()
 
 sample = Op(
@@ -282,4 +297,5 @@ sample = Op(
     samples=samples.uniforms_and_models,
 )
 sample.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+sample.lacks("cuda", NO_GPU_KERNEL)
 sample.no_derivative()

@@ -1,0 +1,5 @@
+#include "instantiate.cuh"
+
+namespace fastseq::crf::cuda {
+FASTSEQ_CRF_INSTANTIATE(f16, float)
+}

@@ -1,0 +1,61 @@
+// What the launches of the CUDA kernels ask for, a line each, for cuda_resources.py:
+//
+//     the regime (or the kernel, where it has one shape)  ;  threads a block  ;  dynamic shared memory, at most
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <string>
+#include <typeinfo>
+
+#include <cxxabi.h>
+
+#include "crf/cuda/nll.cuh"
+#include "crf/cuda/viterbi.cuh"
+
+namespace {
+
+using namespace fastseq::crf::cuda;
+
+constexpr int kLongest = 1 << 20;  // positions: more than any window has
+
+struct Launch {
+  int threads = 0, shared = 0;
+};
+std::map<std::string, Launch> launches;
+
+template <class Regime>
+void add(int bytes_of_team) {
+  int status = 0;
+  char* name = abi::__cxa_demangle(typeid(Regime).name(), nullptr, nullptr, &status);
+  Launch& launch = launches[name];
+  launch.threads = Regime::Team::kBlock;
+  launch.shared = std::max(launch.shared, Regime::Team::kPerBlock * bytes_of_team);
+  std::free(name);
+}
+
+template <class S, class R>
+void add_viterbi(int K) {
+  decoding::with_regime<S, R>(K, [&](auto type) {
+    using Regime = typename decltype(type)::type;
+    add<Regime>(decoding::Memory<Regime>::bytes(kLongest, K));
+  });
+}
+
+}  // namespace
+
+int main() {
+  launches["exact_kernel"] = {exact::Block::kBlock, 0};
+  launches["reduce_kernel"] = {reduce::Block::kBlock, 0};
+  for (int K = 1; K <= kMaxTags; ++K) {
+    with_regime(K, [&](auto regime) {
+      using Regime = decltype(regime);
+      add<Regime>(Segment<Regime>::bytes(K));
+    });
+    add_viterbi<double, double>(K);
+    add_viterbi<float, float>(K);
+    add_viterbi<fastseq::cuda::bf16, float>(K);
+    add_viterbi<fastseq::cuda::f16, float>(K);
+  }
+  for (const auto& [name, launch] : launches)
+    std::printf("%s;%d;%d\n", name.c_str(), launch.threads, launch.shared);
+}
