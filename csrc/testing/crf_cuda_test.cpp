@@ -3,8 +3,8 @@
 // lose, rows that hold NaN or bad tags; launches, bytes, and the same bits under any schedule. Every buffer
 // ends where memory ends.
 //
-// A part of the cases a run: which, FASTSEQ_EMULATOR_SEED says; the smaller the slower a sanitizer makes
-// them. With the argument "quick" only those that are enough for the planted bugs of mutants.py.
+// A part of the cases a run: which, FASTSEQ_EMULATOR_SEED says. With the argument "quick" far fewer of them,
+// for the sanitizers and the planted bugs of mutants.py.
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -29,17 +29,15 @@ namespace device = fastseq::crf::cuda;
 
 // ---- which cases, and under which schedules ---------------------------------------------------------------
 
-constexpr bool kSlow = emulator::kThreadSanitizer;
-constexpr unsigned kParts = kSlow ? 60 : emulator::kAddressSanitizer ? 12 : 3;
-
 uint64_t chosen_part = 0;  // the seed that was asked for
 bool quick = false;
 
-// Whether the next case belongs to this run. Scattered, as cases that are alike come at equal distances.
-bool taken() {
+// Whether the next case belongs to this run, of which `rarely` means fewer. Scattered, as cases that are alike
+// come at equal distances.
+bool taken(unsigned rarely = 1) {
   static uint64_t turn = 0;
-  const uint64_t scattered = (++turn * 0x9E3779B97F4A7C15u) >> 32;
-  return scattered % kParts == chosen_part % kParts;
+  const uint64_t scattered = (++turn * 0x9E3779B97F4A7C15u) >> 32, parts = (quick ? 60 : 3) * rarely;
+  return scattered % parts == chosen_part % parts;
 }
 
 uint64_t next_seed() {
@@ -169,7 +167,8 @@ Run<R> check_as(const Problem& p, const View& view, Off off) {
   check_result(p, view, got.result);
   check_total(p, got);
   CHECK(got.counters.launches <= 4);
-  CHECK(same_bits(got, run<S, R>(p, view, off, next_seed())));
+  if (!emulator::kThreadSanitizer)  // which takes long, and sees a race under any schedule
+    CHECK(same_bits(got, run<S, R>(p, view, off, next_seed())));
   check_value(run<S, R>(p, view, off, next_seed(), false), got);
   if (std::is_same_v<R, float>)
     ways_of(p.K).exact += count(got.marked), ways_of(p.K).scaled += int(p.B) - count(got.marked);
@@ -226,7 +225,7 @@ void test_sizes() {
   for (int64_t K : {1, 2, 9, 16, 17, 32, 33, 64, 65, 128, 129, 200})
     for (int64_t T : {0, 1, 15, 16, 17, 33, 50})
       for (int64_t B : rows_for(K))
-        if (++turn, taken()) check_size(B, T, K, turn);
+        if (++turn, taken() && !(quick && K > 128)) check_size(B, T, K, turn);
 }
 
 // One of each regime in every run.
@@ -235,7 +234,7 @@ void test_core() {
   check_size(5, 20, 25, 2);
   check_size(1, 33, 40, 4);
   check_size(2, 18, 100, 6);
-  check_size(1, kSlow ? 5 : 9, 130, 9);
+  check_size(1, 6, 130, 9);
   for (int64_t K : {1, 20, 40, 70, 130}) {
     check_size(0, 4, K, 1);
     check_size(2, 0, K, 2);
@@ -251,7 +250,7 @@ void test_hazards() {
   int turn = 0;
   const auto check_some = [&](const Problem& p, Type type, Layout layout, const std::string& what) {
     ++turn;
-    if (taken()) check(p, type, layout, Off(turn % 3), what);
+    if (taken(4) && !(quick && p.K > 32)) check(p, type, layout, Off(turn % 3), what);
   };
   for (int64_t K : {2, 9, 16, 25, 50}) {
     lost_paths(K, check_some);
@@ -265,12 +264,12 @@ void test_hazards() {
 
 // Rows that lose a path forward, or backward alone, must be seen, and others must not be; in every regime.
 void test_marks(int64_t K) {
-  Problem p(4, 20, K, Mask::none, unsigned(K));
+  Problem p(4, 12, K, Mask::none, unsigned(K));
   part(p);
   p.transitions[0] = 1 + std::log(float(K - 1));  // about what the others have for being many
   p.weights = {1, -2, 3, 1};
-  for (int64_t l = 0; l < 10; ++l) p.at(1, l, 0) += 20, p.at(2, 19 - l, 0) += 20;
-  p.at(1, 19, 0) = p.at(2, 0, 0) = kNever;
+  for (int64_t l = 0; l < 6; ++l) p.at(1, l, 0) += 25, p.at(2, 11 - l, 0) += 25;
+  p.at(1, 11, 0) = p.at(2, 0, 0) = kNever;
   const View view(p, Type::f32, Layout::dense);
   context() = "marks, K " + std::to_string(K);
   const Run<float> got = check_as<float, float>(p, view, Off::tag);
@@ -294,6 +293,7 @@ void test_left_out(int64_t K) {
 void test_poison(int64_t K) {
   for (float poison : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
     for (int way = 0; way < 3; ++way) {
+      if (!taken()) continue;
       Problem p(5, 6, K, Mask::holes, unsigned(K));
       const View view(p, Type::f32, Layout::dense);
       const Run<float> clean = run<float, float>(p, view, Off::either, next_seed());
@@ -313,6 +313,7 @@ void test_poison(int64_t K) {
       }
     }
     for (int which = 0; which < 3; ++which) {
+      if (!taken()) continue;
       Problem p(3, 6, K, Mask::right, unsigned(K));
       std::vector<float>& parameter = *std::array{&p.transitions, &p.start, &p.end}[which];
       parameter[parameter.size() / 2] = poison;
@@ -324,6 +325,7 @@ void test_poison(int64_t K) {
 // A tag outside [0, K) makes its row NaN, unless it has no weight, and no other; it is never an index.
 void test_bad_tags(int64_t K) {
   for (int64_t bad : {K, int64_t(-1), int64_t(-101), int64_t(1) << 40, -(int64_t(1) << 40)}) {
+    if (!taken()) continue;
     context() = "tag " + std::to_string(bad) + ", K " + std::to_string(K);
     Problem p(4, 18, K, Mask::none, 9);
     p.weights = {1, 2, 0, 1};
@@ -347,14 +349,15 @@ void test_bad_tags(int64_t K) {
 
 // Ordinary numbers are never done exactly, however long the row is.
 void test_long(int64_t K) {
-  Problem p(1, kSlow ? 100 : 1000, K, Mask::none, unsigned(K));
+  Problem p(1, quick ? 100 : 1000, K, Mask::none, unsigned(K));
   const int marked = check(p, Type::f32, Layout::dense, Off::tag, "long");
   CHECK(marked == 0);
 }
 
-// The formula of nll.cuh for a full batch, as far as the emulator counts it: what kernels load and store by
-// those names. A share of the gradient is added to in place, which it does not count, and then read.
-void test_traffic(int64_t B, int64_t T, int64_t K) {
+// The formula of nll.cuh for a full batch of float32, as far as the emulator counts it: what kernels load and
+// store by these names. A share of the gradient is added to in place, which it does not count, and then read.
+// `large`: the owners of shares are as few as the emissions are (nll.cuh), and all is within twice the least.
+void test_traffic(int64_t B, int64_t T, int64_t K, bool large) {
   Problem p(B, T, K, Mask::none, 1);
   p.weighted = false;
   context() = "traffic, K " + std::to_string(K);
@@ -362,14 +365,16 @@ void test_traffic(int64_t B, int64_t T, int64_t K) {
   const Run<float> got = run<float, float>(p, view, Off::mask, next_seed());
   device::Batch<float, float> batch{};
   batch.B = int(B), batch.T = int(T), batch.K = int(K);
-  const double owners = device::Plan<float, float>(batch, true, nullptr).scaled.owners, N = double(B * T);
-  const double emissions = 4 * 4 * N * double(K), checkpoints = 16 * N * double(K) / 16;
-  const double shares = 4 * double(K * K) * owners;
-  const double tags = 3 * N * (8 + 1);  // and the mask, each of three times
+  const double owners = device::Plan<float, float>(batch, true, nullptr).scaled.owners;
+  const double N = double(B * T), row = K <= 16 ? 16 : double((K + 31) / 32 * 32);
+  const double emissions = 4 * 4 * N * double(K), checkpoints = 16 * N * row / 16;
+  const double shares = 4 * double(device::partial_size(int(K))) * owners;
+  const double tags = (3 * (8 + 1) + 4 + 4) * N;  // and the mask, and the scores of the tags
   const double parameters = 4 * 4 * double(K * K) * (double(B) + owners);  // from a cache
   const double moved = double(got.counters.bytes_read + got.counters.bytes_written);
+  CHECK_CLOSE(moved, emissions + checkpoints + shares + tags + parameters, 0.05);
   CHECK_CLOSE(moved - parameters, emissions + checkpoints + shares + tags, 0.05);
-  std::printf("traffic %d %d %d: moved %.0f params %.0f emissions %.0f checkpoints %.0f shares %.0f tags %.0f\n", int(B), int(T), int(K), moved, parameters, emissions, checkpoints, shares, tags);
+  CHECK(!large || moved - parameters - tags + shares <= 2 * 3 * 4 * N * double(K));
 }
 
 void run_all() {
@@ -377,20 +382,18 @@ void run_all() {
   for (int64_t K : {2, 20, 40, 100, 130}) {
     test_marks(K);
     test_left_out(K);
-    if (quick) continue;
     test_poison(K);
     test_bad_tags(K);
   }
-  if (quick) return;
   test_sizes();
   test_hazards();
   for (int64_t K : {9, 25, 64}) test_long(K);
   for (const Ways& each : ways) CHECK(each.scaled > 0 && each.exact > 0);
-  if (kSlow) return;
-  test_traffic(32, 64, 9);
-  test_traffic(32, 128, 25);
-  test_traffic(8, 64, 64);
-  test_traffic(4, 256, 128);
+  if (quick) return;
+  test_traffic(32, 64, 9, true);
+  test_traffic(32, 128, 25, true);
+  test_traffic(8, 64, 64, false);
+  test_traffic(4, 256, 128, false);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The CUDA Viterbi, run by the emulator under several schedules, against viterbi.cpp: the same paths to the
 // last tie, and the same scores, in every regime, type and layout; with holes, -inf, NaN, and rows longer
-// than a window. With the argument "small" it runs fewer of the cases, for the sanitizers.
+// than a window. With the argument "quick" it runs fewer of the cases, for the sanitizers.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -18,7 +18,7 @@ using namespace fastseq;
 using namespace fastseq::testing;
 namespace device = fastseq::crf::cuda;
 
-bool small = false;
+bool quick = false;
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
@@ -101,7 +101,7 @@ void check_as(const Problem& p, Type type, Layout layout, int seeds) {
   }
 }
 
-void check(const Problem& p, Type type, Layout layout, const std::string& what, int seeds = small ? 1 : 2) {
+void check(const Problem& p, Type type, Layout layout, const std::string& what, int seeds = quick ? 1 : 2) {
   context() = what + ": B " + std::to_string(p.B) + ", T " + std::to_string(p.T) + ", K " +
               std::to_string(p.K) + ", type " + std::to_string(int(type)) + ", layout " +
               std::to_string(int(layout));
@@ -160,11 +160,11 @@ void test_sizes() {
   int turn = 0;  // types, layouts, masks and values take turns: their periods have no common factor but 2
   for (int64_t K : {1, 2, 9, 16, 17, 32, 33, 64, 65, 128, 129, 200, 257, 300}) {
     for (int64_t T : {1, 2, 9, 31, 32, 33, 70}) {
-      if (small && T != (K <= 32 ? 70 : 9) && T != 1) continue;
-      for (int repeat = 0; repeat < (small ? 1 : K <= 64 ? 9 : 3); ++repeat) {
+      if (quick && T != (K <= 32 ? 70 : 9) && T != 1) continue;
+      for (int repeat = 0; repeat < (quick ? 1 : K <= 64 ? 9 : 3); ++repeat) {
         Problem p(rows_for(K, turn), T, K, Mask(turn % 4), unsigned(turn));
         give_values(p, turn);
-        check(p, kTypes[turn / 4 % 4], Layout(turn / 3 % 4), "sizes", small ? 1 : 2 + turn % 2);
+        check(p, kTypes[turn / 4 % 4], Layout(turn / 3 % 4), "sizes", quick ? 1 : 2 + turn % 2);
         ++turn;
       }
     }
@@ -176,14 +176,14 @@ void test_windows() {
   struct Size {
     int64_t K, T;
   };
-  std::vector<Size> sizes{{5, 257},   {9, 900},   {27, 600}, {50, 520},
-                          {100, 260}, {200, 130}, {300, 70}, {1000, 40}};
-  if (small) sizes = {{9, 300}, {50, 520}, {200, 130}};
+  std::vector<Size> sizes{{5, 257},   {9, 900},   {27, 600},  {50, 600},
+                          {100, 330}, {200, 210}, {300, 120}, {1000, 40}};
+  if (quick) sizes = {{9, 300}, {50, 600}, {200, 210}};
   int turn = 0;
   for (const Size& size : sizes) {
     CHECK(device::viterbi_checkpoints(1, int(size.T), int(size.K)) > 0);
     for (Mask mask : {Mask::none, Mask::right, Mask::holes}) {
-      if (++turn % 3 != 0 && small) continue;
+      if (++turn % 3 != 0 && quick) continue;
       Problem p(size.K <= 32 ? 5 : 1, size.T, size.K, mask, unsigned(turn));
       give_values(p, turn);
       check(p, kTypes[turn % 4], Layout::dense, "windows");
@@ -198,7 +198,7 @@ void test_windows() {
 
 void test_nothing() {
   for (int64_t K : {3, 20, 40, 100, 200, 300}) {
-    if (small && K > 40) continue;
+    if (quick && K > 40) continue;
     check(Problem(0, 4, K, Mask::none, 1), Type::f32, Layout::dense, "no rows");
     check(Problem(3, 0, K, Mask::none, 1), Type::f32, Layout::dense, "no positions");
     Problem off(9, 300, K, Mask::none, 1);
@@ -275,13 +275,13 @@ void test_traffic() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  small = argc > 1 && std::string(argv[1]) == "small";
+  quick = argc > 1 && std::string(argv[1]) == "quick";
   test_shared_memory();
   test_sizes();
   test_windows();
   test_nothing();
   for (int64_t K : {1, 3, 16, 20, 40, 70, 130, 260}) {
-    if (small && K != 3 && K != 40) continue;
+    if (quick && K != 3 && K != 40) continue;
     test_dead(K);
     test_poison(K);
   }

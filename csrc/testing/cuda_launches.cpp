@@ -1,13 +1,14 @@
 // What the launches of the CUDA kernels ask for, a line each, for cuda_resources.py:
 //
-//     the regime (or the kernel, where it has one shape)  ;  threads a block  ;  dynamic shared memory, at most
+//     the regime (or the kernel, where it has one shape)  ;  threads a block  ;  dynamic shared memory, at
+//     most
+#include <cxxabi.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <map>
 #include <string>
 #include <typeinfo>
-
-#include <cxxabi.h>
 
 #include "crf/cuda/nll.cuh"
 #include "crf/cuda/viterbi.cuh"

@@ -83,6 +83,13 @@ def room(arch: int, threads: int, registers: int, shared: int) -> int:
     return min(has.blocks, has.warps // warps, by_registers, has.shared // max(taken, 1))
 
 
+class Tools(NamedTuple):
+    """Paths of programs."""
+
+    nvcc: str
+    nvdisasm: str
+
+
 # ---- the tools -------------------------------------------------------------------------------------------------------
 
 
@@ -113,11 +120,11 @@ def cmake_list(name: str) -> list[str]:
     return match[1].split() if match else sys.exit(f"CMakeLists.txt does not set {name}")
 
 
-def short_names(mangled: list[str]) -> dict[str, str]:
-    """sweep_kernel<float, Registers<32, 1>> for each mangled name."""
-    names = run("c++filt", *mangled).splitlines()
-    short = [re.sub(r"fastseq::(crf::)?cuda::|decoding::|^void |\(.*", "", name) for name in names]
-    return {m: s.replace("unsigned char", "uint8").replace("unsigned short", "uint16") for m, s in zip(mangled, short)}
+def short(name: str) -> str:
+    """sweep_kernel<float, Registers<32, 1>> of a name with all its namespaces and arguments."""
+    for long, brief in ((r"fastseq::(crf::)?cuda::|decoding::|^void |\(.*", ""), ("unsigned char", "uint8")):
+        name = re.sub(long, brief, name)
+    return name.replace("unsigned short", "uint16").replace("> >", ">>").strip()
 
 
 class Launch(NamedTuple):
@@ -134,9 +141,7 @@ def read_launches(folder: Path) -> dict[str, Launch]:
     compiler = fastseq_find.find_compiler() or sys.exit("no C++ compiler was found")
     run(compiler, "-std=c++20", "-DFASTSEQ_EMULATE", f"-I{ROOT / 'csrc'}", source, "-pthread", "-o", program)
     rows = [line.split(";") for line in run(program).splitlines()]
-    names = [re.sub(r"fastseq::(crf::)?cuda::|decoding::", "", name) for name, _, _ in rows]
-    names = [name.replace("unsigned char", "uint8").replace("unsigned short", "uint16") for name in names]
-    return {name: Launch(int(row[1]), int(row[2])) for name, row in zip(names, rows)}
+    return {short(name): Launch(int(threads), int(shared)) for name, threads, shared in rows}
 
 
 # ---- what is found ---------------------------------------------------------------------------------------------------
@@ -181,30 +186,44 @@ def examine(arch: int, name: str, used: dict[str, int], kernel: sass.Kernel, lau
     calculating = [loop for loop in kernel.innermost_loops() if sum(loop[kind] for kind in CALCULATES) >= 8]
     counts = kernel.counts()
     local = {"LDL": counts["LDL"], "STL": counts["STL"]} | {k: used[k] for k in ("stack", "stores", "loads")}
-    faults = [f"local memory: {', '.join(f'{n} {what}' for what, n in local.items() if n)}"] if any(local.values()) else []
+    faults = [f"local memory: {local}"] if any(local.values()) else []
     faults += recursion_faults(name, calculating)
     if shared > SHARED_OF_BLOCK:
         faults.append(f"{shared} bytes of shared memory, and there are {SHARED_OF_BLOCK}")
     if blocks < 1:
         faults.append("a multiprocessor has no room for a block")
     row = {"registers": used["registers"], "barriers": used["barriers"], "shared": shared, "blocks": blocks}
-    row |= {"warps": blocks * launch.threads // 32, "loops": [loop.total() for loop in calculating]}
-    return Found(row, calculating, faults)
+    row["warps"] = blocks * launch.threads // 32
+    return Found(row | {"loops": [loop.total() for loop in calculating]}, calculating, faults)
 
 
-def compile_one(nvcc: str, nvdisasm: str, source: str, arch: int, launches: dict[str, Launch], folder: Path) -> dict[str, Found]:
+def compile_one(tools: Tools, source: str, arch: int, launches: dict[str, Launch], folder: Path) -> dict[str, Found]:
     """All kernels of one source and architecture, by their short names."""
     cubin = folder / f"{Path(source).stem}_{arch}.cubin"
     flags = cmake_list("FASTSEQ_CUDA_FLAGS")
-    log = run(nvcc, "-cubin", f"-arch=sm_{arch}", *flags, f"-I{ROOT / 'csrc'}", ROOT / source, "-o", cubin)
+    log = run(tools.nvcc, "-cubin", f"-arch=sm_{arch}", *flags, f"-I{ROOT / 'csrc'}", ROOT / source, "-o", cubin)
     used = ptxas_numbers(log)
-    code = sass.kernels(run(nvdisasm, "-c", cubin))
+    code = sass.kernels(run(tools.nvdisasm, "-c", cubin))
     found = {}
-    for mangled, name in short_names(list(used)).items():
+    for mangled in used:
+        name = short(run("c++filt", mangled))
         launch = next((launch for shape, launch in launches.items() if re.search(rf"\b{re.escape(shape)}", name)), None)
         if launch is None:
             sys.exit(f"cuda_launches.cpp does not know the launch of {name}")
         found[name] = examine(arch, name, used[mangled], code[mangled], launch)
+    return found
+
+
+def compile_all(tools: Tools, architectures: list[int], jobs: int) -> dict[str, dict[str, Found]]:
+    """All kernels, by architecture and name."""
+    found: dict[str, dict[str, Found]] = {f"sm_{arch}": {} for arch in architectures}
+    tasks = [(arch, source) for arch in architectures for source in cmake_list("FASTSEQ_CUDA_SOURCES")]
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+        folder = Path(name)
+        launches = read_launches(folder)
+        results = pool.map(lambda task: compile_one(tools, task[1], task[0], launches, folder), tasks)
+        for (arch, _), kernels in zip(tasks, results, strict=True):
+            found[f"sm_{arch}"] |= kernels  # reduce_kernel<float> is in three of the sources, and the same
     return found
 
 
@@ -215,7 +234,9 @@ def compare(old: dict[str, Any] | None, found: Found) -> tuple[list[str], list[s
     """What is worse, of that the part that no compiler may change; and what is better than recorded."""
     if old is None:
         return [], ["not in the table"], []
-    moved, firm, better = [], [], []
+    moved: list[str] = []
+    firm: list[str] = []
+    better: list[str] = []
     new = found.row
     for what, sign in (("registers", 1), ("shared", 1), ("warps", -1)):
         change = f"{what} {old[what]} -> {new[what]}"
@@ -225,7 +246,7 @@ def compare(old: dict[str, Any] | None, found: Found) -> tuple[list[str], list[s
             better.append(change)
     if len(old["loops"]) != len(new["loops"]):
         moved.append(f"loops {old['loops']} -> {new['loops']}")
-    for before, loop in zip(old["loops"], found.loops):
+    for before, loop in zip(old["loops"], found.loops, strict=False):
         if loop.total() > before * MORE_INSTRUCTIONS:
             moved.append(f"a loop of {before} instructions -> {sass.describe(loop)}")
     return moved, firm, better
@@ -272,14 +293,8 @@ def main() -> int:
     if options.update and set(options.arch) != set(MULTIPROCESSORS):
         parser.error("--update is for all architectures")
     nvcc = fastseq_find.find_nvcc() or sys.exit("no nvcc was found")
-    version, nvdisasm = fastseq_cuda.nvcc_version(nvcc), find_nvdisasm(nvcc)
-    found: dict[str, dict[str, Found]] = {f"sm_{arch}": {} for arch in options.arch}
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
-        launches = read_launches(Path(name))
-        tasks = [(arch, source) for arch in options.arch for source in cmake_list("FASTSEQ_CUDA_SOURCES")]
-        results = pool.map(lambda t: compile_one(nvcc, nvdisasm, t[1], t[0], launches, Path(name)), tasks)
-        for (arch, _), kernels in zip(tasks, results):
-            found[f"sm_{arch}"] |= kernels  # reduce_kernel<float> is in three of the sources, and the same
+    version = fastseq_cuda.nvcc_version(nvcc)
+    found = compile_all(Tools(nvcc, find_nvdisasm(nvcc)), options.arch, options.jobs)
     print(f"nvcc {version}: {sum(map(len, found.values()))} kernels for {', '.join(found)}")
     for arch, kernels in found.items():
         for name, kernel in kernels.items():

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 # Wide loads count apart; of the rest the name up to the first dot is enough.
-CLASSES = ("FFMA", "FADD", "FMUL", "DFMA", "DADD", "DMUL", "MUFU", "LDS.128", "LDS.64", "LDS", "STS")
-CLASSES += ("LDG", "STG", "SHFL", "BAR", "WARPSYNC", "MATCH", "LDL", "STL")
+CLASSES = (
+    *("FFMA", "FADD", "FMUL", "DFMA", "DADD", "DMUL", "MUFU", "LDS.128", "LDS.64", "LDS", "STS"),
+    *("LDG", "STG", "LDL", "STL", "SHFL", "MATCH", "REDUX", "BAR", "WARPSYNC"),
+)
 
 
 class Instruction(NamedTuple):
@@ -32,7 +34,7 @@ class Instruction(NamedTuple):
 
 
 class Kernel:
-    """The code of one kernel, as basic blocks: `blocks[n]` are its instructions, `after[n]` the blocks that may follow."""
+    """The code of one kernel: `blocks` of instructions without a branch within, and the blocks that may follow each."""
 
     def __init__(self, section: str) -> None:
         self.blocks: list[list[Instruction]] = [[]]

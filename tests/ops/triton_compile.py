@@ -22,14 +22,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastseq.ops.crf import triton as host
-from fastseq.ops.crf import triton_log_domain, triton_scaled, triton_search
+from fastseq.ops.crf import triton_log_domain, triton_posterior, triton_scaled, triton_search
 
 TABLE = Path(__file__).with_name("triton_resources.json")
 KERNELS = {
     "sweep": triton_scaled.sweep,
-    "posterior": triton_scaled.posterior,
+    "posterior": triton_posterior.posterior,
     "exact": triton_log_domain.exact,
-    "reduce": triton_scaled.reduce,
+    "reduce": triton_posterior.reduce,
     "viterbi": triton_search.viterbi,
 }
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -103,7 +103,8 @@ def _source(case: Case) -> tuple[ASTSource, int]:
 def resources(case: Case) -> dict[str, int]:
     """Compile one case; what its cubin says."""
     source, warps = _source(case)
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, **host.COMPILE}
+    compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

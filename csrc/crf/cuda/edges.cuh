@@ -25,9 +25,9 @@ constexpr float kWhole = 0x1p60f;
 
 // exp(below), or 0 where that is left out; `gap` is how far below the nearest of those was. NaN stays NaN.
 __device__ inline float scaled_exp(float below, float& gap) {
-  if (!(below < kLogPruned)) return expf(below);
-  if (below > -INFINITY && -below < gap) gap = -below;
-  return 0.f;
+  const bool pruned = below < kLogPruned;
+  gap = pruned && below > -INFINITY && -below < gap ? -below : gap;
+  return pruned ? 0.f : expf(below);
 }
 
 // Multiplying by `factor` = 2^shift brings a vector of this sum to the size of kWhole.
@@ -77,10 +77,12 @@ class Slice {
     }
   }
 
-  // Calls out(k, next_k) in one thread for each tag k < KM. All of v has been written, and the team synced.
+  // Calls out(k, next_k, x_k) in one thread for each tag k < KM. All of v has been written, and the team
+  // synced.
   template <class Out>
-  __device__ Scale step(const float* v, const Out& out) const {
-    float4 parts{}, sums{};  // four chains of additions, to wait less for each
+  __device__ Scale step(const float* v, const float* x, const Out& out) const {
+    const float x_k = x[tag()];  // asked for early, by all, so that nothing waits for it in the end
+    float4 parts{}, sums{};      // four chains of additions, to wait less for each
 #pragma unroll
     for (int n = 0; n < kLength; n += 4) {
       const float4 four = *reinterpret_cast<const float4*>(v + other(n));
@@ -95,7 +97,7 @@ class Slice {
       sum += __shfl_xor_sync(Team::lanes(), sum, g);
     }
     const Scale scale(sum);
-    if (part() == 0) out(tag(), reached * scale.factor);
+    if (part() == 0) out(tag(), reached * scale.factor, x_k);
     return scale;
   }
 
@@ -126,7 +128,7 @@ class Stream {
   // Forward a thread has a tag j, and neighbouring threads read neighbouring columns; backward a warp has a
   // tag i, and its lanes read along the row.
   template <class Out>
-  __device__ Scale step(const float* v, const Out& out) const {
+  __device__ Scale step(const float* v, const float* x, const Out& out) const {
     float sum = 0.f;
     for (int k = Team::lane(); k < K_; k += Team::kGroup) sum += v[k];
     const Scale scale(Team::over_group(sum, Sum()));
@@ -134,14 +136,14 @@ class Stream {
       for (int j = Team::rank(); j < K_; j += Team::kThreads) {
         float reached = 0.f;
         for (int i = 0; i < K_; ++i) reached = fmaf(v[i], edge(i, j), reached);
-        out(j, reached * scale.factor);
+        out(j, reached * scale.factor, x[j]);
       }
     } else {
       for (int i = Team::group(); i < K_; i += Team::kGroups) {
         float reached = 0.f;
         for (int j = Team::lane(); j < K_; j += Team::kGroup) reached = fmaf(v[j], edge(i, j), reached);
         reached = Team::over_group(reached, Sum());
-        if (Team::lane() == 0) out(i, reached * scale.factor);
+        if (Team::lane() == 0) out(i, reached * scale.factor, x[i]);
       }
     }
     return scale;
@@ -163,14 +165,18 @@ struct Registers {
   using Team = cuda::Team<KM * G>;
   template <bool Forward>
   using Edges = Slice<KM, G, Forward>;
-  static constexpr int kSegment = 16;
+  static constexpr int kSegment = 16, kRow = KM;  // the row as a constant, for loops over it
+  static constexpr int kResident = KM <= 32   ? 3
+                                   : KM <= 64 ? 2
+                                              : 1;  // blocks that registers must have room for
   static __host__ __device__ int row(int) { return KM; }
 };
 struct Streamed {
   using Team = cuda::Team<512>;
   template <bool Forward>
   using Edges = Stream<Forward>;
-  static constexpr int kSegment = 4;
+  static constexpr int kSegment = 4, kRow = 0;  // no constant
+  static constexpr int kResident = 1;
   static __host__ __device__ int row(int K) { return (K + 3) / 4 * 4; }
 };
 

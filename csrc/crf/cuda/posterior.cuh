@@ -98,6 +98,7 @@ __device__ void write_zeros(const Batch<S, float>& batch, int b, int s, unsigned
                             const Gradient<S>& gradient) {
   using Team = typename Regime::Team;
   constexpr int C = Regime::kSegment;
+#pragma unroll 1
   for (int l = Team::group(); l < C && s * C + l < batch.T; l += Team::kGroups) {
     if (bits >> l & 1) continue;
 #pragma unroll 1
@@ -148,7 +149,7 @@ __device__ void take_off_gold(const Segment<Regime>& segment, unsigned bits, boo
 }
 
 template <class S, class Regime>
-__global__ void __launch_bounds__(Regime::Team::kBlock, 1)
+__global__ void __launch_bounds__(Regime::Team::kBlock, Regime::kResident)
     posterior_kernel(Batch<S, float> batch, Sweeps sweeps, Gradient<S> gradient, float* partials) {
   using Team = typename Regime::Team;
   FASTSEQ_DYNAMIC_SHARED(unsigned char, memory);
@@ -174,8 +175,7 @@ __global__ void __launch_bounds__(Regime::Team::kBlock, 1)
     double tops = 0;
     float gap = 0;
     bool lost = false;  // the sweeps have looked
-    for (int k = Team::rank(); k < segment.ld && !fresh; k += Team::kThreads)
-      segment.alpha[k] = load<float>(alpha + k);
+    if (!fresh) segment.each_of_team([&](int k) { segment.alpha[k] = load<float>(alpha + k); });
     segment.exponentiate(batch, b, s, bits, tops, gap);
     Team::sync();
     segment.forward(forward, start, fresh, bits, lost);

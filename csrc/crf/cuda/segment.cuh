@@ -56,23 +56,40 @@ struct Segment {
     return bits;
   }
 
+  // Calls f(k) for the tags of a row, padding included, that this thread has: among the team, or among its
+  // group. The compiler is told how many where it can be, as it would prepare for any number.
+  template <class F>
+  __device__ void each_of_team(const F& f) const {
+    each<Team::kThreads>(Team::rank(), f);
+  }
+  template <class F>
+  __device__ void each_of_group(const F& f) const {
+    each<Team::kGroup>(Team::lane(), f);
+  }
+
   // Fills x, a group of lanes a position. Adds the maxima to `tops`, in one lane a group. To be synced.
+  // Positions that are off, and padding, hold -inf and come to 0: that takes no branch.
   template <class S>
   __device__ void exponentiate(const Batch<S, float>& batch, int b, int s, unsigned bits, double& tops,
                                float& gap) const {
-    for (int l = Team::group(); l < C; l += Team::kGroups) {
-      if (!(bits >> l & 1)) continue;
-      const S* from = batch.x.at(b, s * C + l);
-      float* to = x + l * ld;
-      float top = -FLT_MAX;
-      for (int k = Team::lane(); k < batch.K; k += Team::kGroup) {
-        to[k] = load<float>(from + k);
-        top = Greatest()(to[k], top);
+    fetch(batch, b, s, bits);
+    constexpr int kAtOnce = Regime::kRow == 0 ? 1 : Regime::kRow <= 32 ? 4 : 128 / Regime::kRow;
+    static_assert(Regime::kRow == 0 || C % (kAtOnce * Team::kGroups) == 0);
+#pragma unroll 1
+    for (int l = Team::group(); l < C; l += kAtOnce * Team::kGroups) {
+      float most[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        most[n] = -FLT_MAX;
+        each_of_group([&](int k) { most[n] = Greatest()(x[(l + n * Team::kGroups) * ld + k], most[n]); });
       }
-      top = Team::over_group(top, Greatest());
-      for (int k = Team::lane(); k < ld; k += Team::kGroup)
-        to[k] = k < batch.K ? scaled_exp(to[k] - top, gap) : 0.f;
-      if (Team::lane() == 0) tops += top;
+      Team::over_group(most, Greatest());
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        float* x_l = x + (l + n * Team::kGroups) * ld;
+        each_of_group([&](int k) { x_l[k] = scaled_exp(x_l[k] - most[n], gap); });
+        if (Team::lane() == 0 && (bits >> (l + n * Team::kGroups) & 1)) tops += most[n];
+      }
     }
   }
 
@@ -82,24 +99,16 @@ struct Segment {
   __device__ int forward(const Edges& edges, const Ends& start, bool fresh, unsigned bits, bool& lost) const {
     int shifts = 0;
     const float* from = alpha;
+    if (fresh) {
+      from = begin(start, __ffs(int(bits)) - 1, lost);
+      bits &= bits - 1;
+    }
     ascending(bits, [&](int l) {
-      float* to = alpha + (l + 1) * ld;
-      const float* x_l = x + l * ld;
-      const auto put = [&](int k, float reached) {
-        to[k] = reached * x_l[k];
-        lost |= !(to[k] >= kTiny) && reached != 0 && x_l[k] != 0;
-      };
-      Scale scale;
-      if (fresh) {
-        float unused = 0.f;
-        for (int k = Team::rank(); k < ld; k += Team::kThreads) put(k, start(k, unused) * kWhole);
-      } else {
-        scale = edges.step(from, put);
-      }
+      const Scale scale = edges.step(
+          from, x + l * ld, [&](int k, float reached, float x_k) { arrive(l, k, reached, x_k, lost); });
       if (Team::rank() == 0) scales[l] = scale.factor;
       shifts += scale.shift;
-      fresh = false;
-      from = to;
+      from = alpha + (l + 1) * ld;
       Team::sync();
     });
     return shifts;
@@ -111,24 +120,69 @@ struct Segment {
   __device__ void backward(const Edges& edges, const Entering& entering, unsigned bits, float* leaving,
                            bool& lost) const {
     int l = highest(bits), turn = 0;
-    const auto put = [&](int k, float value) {
-      const float m = value * x[l * ld + k];
+    const auto put = [&](int k, float value, float x_k) {
+      const float m = value * x_k;
       beta[l * ld + k] = value;
       message[turn * ld + k] = m;
-      lost |= !(m >= kTiny) && value != 0 && x[l * ld + k] != 0;
+      lost |= !(m >= kTiny) && value != 0 && x_k != 0;
     };
-    for (int k = Team::rank(); k < ld; k += Team::kThreads) put(k, entering(k));
+    each_of_team([&](int k) { put(k, entering(k), x[l * ld + k]); });
     Team::sync();
     for (unsigned rest = bits & below(l); rest; rest &= below(l)) {
       const float* from = message + turn * ld;
       l = highest(rest);
       turn ^= 1;
-      edges.step(from, put);
+      edges.step(from, x + l * ld, put);
       Team::sync();
     }
     if (!leaving) return;
-    edges.step(message + turn * ld, [&](int k, float value) { leaving[k] = value; });
+    edges.step(message + turn * ld, x, [&](int k, float value, float) { leaving[k] = value; });
     Team::sync();
+  }
+
+ private:
+  // The emissions of the positions that are on, in x: eight are asked for before the first is waited for
+  // (more would take registers that there are not). A lane later reads what it wrote itself.
+  template <class S>
+  __device__ void fetch(const Batch<S, float>& batch, int b, int s, unsigned bits) const {
+#pragma unroll 8
+    for (int l = 0; l < C; l += Team::kGroups) {
+      const int at = l + Team::group();
+      if (C % Team::kGroups != 0 && at >= C) continue;
+      const S* from = batch.x.at(b, s * C + at);
+      each_of_group([&](int k) {
+        const bool is = (bits >> at & 1) && k < batch.K;
+        x[at * ld + k] = is ? load<float>(from + k) : -INFINITY;
+      });
+    }
+  }
+
+  template <int Threads, class F>
+  __device__ void each(int first, const F& f) const {
+    constexpr int kRow = Regime::kRow;
+    if constexpr (kRow > 0) {
+#pragma unroll
+      for (int k = 0; k < kRow; k += Threads)
+        if (kRow % Threads == 0 || first + k < kRow) f(first + k);
+    } else {
+      for (int k = first; k < ld; k += Threads) f(k);
+    }
+  }
+
+  // alpha_k at position l, from what of it came over the edges.
+  __device__ void arrive(int l, int k, float reached, float x_k, bool& lost) const {
+    const float value = reached * x_k;
+    alpha[(l + 1) * ld + k] = value;
+    lost |= !(value >= kTiny) && reached != 0 && x_k != 0;
+  }
+
+  // The alphas of a row's first position; returns them.
+  __device__ const float* begin(const Ends& start, int l, bool& lost) const {
+    float unused = 0.f;
+    each_of_team([&](int k) { arrive(l, k, start(k, unused) * kWhole, x[l * ld + k], lost); });
+    if (Team::rank() == 0) scales[l] = 1.f;
+    Team::sync();
+    return alpha + (l + 1) * ld;
   }
 };
 

@@ -99,7 +99,7 @@ __device__ void sweep_forward(const Batch<S, float>& batch, int b, const Segment
     if (!bits) continue;
     if (sweeps.alpha && g.on) {
       float* to = sweeps.alpha + sweeps.at(b, s) * segment.ld;
-      for (int k = Team::rank(); k < segment.ld; k += Team::kThreads) store(to + k, segment.alpha[k]);
+      segment.each_of_team([&](int k) { store(to + k, segment.alpha[k]); });
       if (Team::rank() == 0) sweeps.tag_before[sweeps.at(b, s)] = g.previous;
     }
     segment.exponentiate(batch, b, s, bits, g.tops, g.gap);
@@ -107,8 +107,7 @@ __device__ void sweep_forward(const Batch<S, float>& batch, int b, const Segment
     Team::sync();
     g.shifts += segment.forward(edges, start, g.on == 0, bits, g.lost);
     const int l = highest(bits);
-    for (int k = Team::rank(); k < segment.ld; k += Team::kThreads)
-      segment.alpha[k] = segment.alpha[(l + 1) * segment.ld + k];
+    segment.each_of_team([&](int k) { segment.alpha[k] = segment.alpha[(l + 1) * segment.ld + k]; });
     if (g.on == 0) g.first = s * Segment<Regime>::C + __ffs(int(bits)) - 1;
     g.last = s * Segment<Regime>::C + l;
     g.previous = segment.state[l];
@@ -136,12 +135,12 @@ __device__ void sweep_backward(const Batch<S, float>& batch, int b, const Segmen
   float gap = INFINITY;            // the forward sweep answers for what is left out
   double tops = 0;
   bool lost = false;
-  for (int k = Team::rank(); k < segment.ld; k += Team::kThreads) carried[k] = end(k, gap) * kWhole;
+  segment.each_of_team([&](int k) { carried[k] = end(k, gap) * kWhole; });
   for (int s = sweeps.segments - 1; s >= 0; --s) {
     const unsigned bits = segment.look(batch, b, s);
     if (!bits) continue;
     float* to = sweeps.beta + sweeps.at(b, s) * segment.ld;
-    for (int k = Team::rank(); k < segment.ld; k += Team::kThreads) store(to + k, carried[k]);
+    segment.each_of_team([&](int k) { store(to + k, carried[k]); });
     segment.exponentiate(batch, b, s, bits, tops, gap);
     Team::sync();
     segment.backward(edges, [&](int k) { return carried[k]; }, bits, carried, lost);

@@ -51,6 +51,14 @@ struct Team {
     for (int step = kGroup / 2; step > 0; step /= 2) v = op(v, __shfl_xor_sync(lanes(), v, step, kGroup));
     return v;
   }
+  // The same over several values, side by side: one does not wait for the shuffles of another.
+  template <class V, int N, class Op>
+  static __device__ void over_group(V (&v)[N], const Op& op) {
+#pragma unroll
+    for (int step = kGroup / 2; step > 0; step /= 2)
+#pragma unroll
+      for (int n = 0; n < N; ++n) v[n] = op(v[n], __shfl_xor_sync(lanes(), v[n], step, kGroup));
+  }
   template <class Op>
   static __device__ double over_team(double v, double* scratch, const Op& op) {
     v = over_group(v, op);

@@ -1,8 +1,8 @@
 """Fused kernels for CUDA devices where there is no compiler: nll, nll_grad and viterbi in Triton, K <= 128.
 
 nll is two launches, sweep and exact; nll_grad four: sweep, posterior, exact, reduce; viterbi one. float64 goes through
-exact alone. Nothing here waits for the device or asks it for a size: all can be captured in a CUDA graph. Scratch is one
-float for each message and direction, 8 bytes a position, and the partial sums, whose number depends on sizes alone.
+exact alone. Nothing here waits for the device or asks it for a size: all can be captured in a CUDA graph. Scratch is
+8 bytes an emission, 16 to 24 a position, and the partial sums, whose number depends on the sizes alone.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import struct
 from typing import Any
 
 import torch
-import triton
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from fastseq.ops.crf import triton_log_domain, triton_scaled, triton_search
+from fastseq.ops.crf import triton_log_domain, triton_posterior, triton_scaled, triton_search
 
-__all__ = ["MAX_TAGS", "nll", "nll_grad", "options", "viterbi"]
+__all__ = ["COMPILE", "MAX_TAGS", "nll", "nll_grad", "options", "viterbi"]
 
 MAX_TAGS = 128
+COMPILE: dict[str, Any] = {
+    "enable_fp_fusion": True,  # said, as Triton 3.10 changes the default
+    "maxnreg": 255,  # all there are, for 8 warps: or ptxas spills a little to fit more programs than we have
+}
 
 
 def options(kernel: str, K: int) -> dict[str, int]:
@@ -26,16 +30,16 @@ def options(kernel: str, K: int) -> dict[str, int]:
     block = max(16, triton.next_power_of_2(K))
     warps, sizes = {
         "sweep": ((1, 1, 4, 8), {"BT": 128}),
-        "posterior": ((2, 4, 4, 16), {"BT": 16}),
-        "exact": ((2, 4, 8, 8), {"BT": 128, "BC": 8 if block == 128 else 16}),
+        "posterior": ((2, 4, 4, 8), {"BT": 16}),
+        "exact": ((2, 4, 8, 4), {"BT": 128, "BC": 8 if block == 128 else 16}),
         "viterbi": ((1, 1, 4, 8), {"BT": 128}),
     }[kernel]
     return {"BK": block, **sizes, "num_warps": warps[(16, 32, 64, 128).index(block)]}
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Every launch goes through here, on the current stream of the device that is current."""
-    kernel[grid](*args, **constants)
+    """Launch on the current stream of the current device."""
+    kernel[grid](*args, **COMPILE, **constants)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -120,23 +124,23 @@ def nll_grad(
                 values, B, T, K, **options("sweep", K)
             )  # fmt: skip
             _launch(
-                triton_scaled.posterior, (parts,), *x, *g, *t, model[0], *w, floats, scales, positions, slots, lengths,
-                marks, partials, B, T, K, **options("posterior", K)
+                triton_posterior.posterior, (parts,), *x, *g, *t, model[0], *w, floats, scales, positions, slots,
+                lengths, marks, partials, B, T, K, **options("posterior", K)
             )  # fmt: skip
         _launch(
             triton_log_domain.exact, (exact_parts,), *x, *g, *t, *m, *model, *w, messages, vectors, positions, slots,
             marks, values, exact_partials, used, B, T, K, **options("exact", K)
         )  # fmt: skip
         _launch(
-            triton_scaled.reduce, (triton.cdiv(size, 256),), partials, parts, exact_partials, used, exact_parts, values,
-            *w, B, total, *parameters, K, BLOCK=256, num_warps=4
+            triton_posterior.reduce, (triton.cdiv(size, 256),), partials, parts, exact_partials, used, exact_parts,
+            values, *w, B, total, *parameters, K, BLOCK=256, num_warps=4
         )  # fmt: skip
     return total, gradient, *parameters
 
 
 def _part_count(B: int, T: int, K: int) -> int:
     """How many programs share the blocks of positions, each with sums of its own: at most 8 MB of sums, or 128."""
-    return min(B * triton.cdiv(T, 16), max(128, min(1024, (1 << 21) // K**2)))
+    return min(B * -(-T // 16), max(128, min(1024, (1 << 21) // K**2)))
 
 
 def _as_int(number: float) -> int:

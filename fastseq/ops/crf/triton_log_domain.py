@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: SIM102 (in a kernel, an `if` on a constant and one on a tensor are different things)
 """The exact kernel in Triton: the float64 log domain, for float64 and for the rows that the scaled sweeps marked.
 
 Infinities need no special case: -inf falls out as a weight of 0, and NaN or +inf make log Z NaN. K <= 128.
@@ -33,7 +34,7 @@ def exact_forward(
 ):  # fmt: skip
     """The log alphas of a row, the last `kept` of them in `alphas`; returns log Z. BC tags at a time."""
     k = tl.arange(0, BK)
-    for n in range(0, L):
+    for n in range(L):
         row = x + tl.load(positions + n).to(tl.int64) * x_t
         if n == 0:
             alpha = tl.load(start + k, mask=k < K, other=-INF).to(tl.float64) + exact_emissions(row, x_k, k, k < K)
@@ -55,14 +56,14 @@ def exact_forward(
 
 @triton.jit
 def exact_backward(
-    x, x_t, x_k, gradient, g_t, g_k, tags, tags_t, transitions, end, positions, alphas, betas, pairs, log_z, weight, L, K,
-    BK: tl.constexpr, BC: tl.constexpr
+    x, x_t, x_k, gradient, g_t, g_k, tags, tags_t, transitions, end, positions, alphas, betas, pairs, log_z, weight,
+    L, K, BK: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
     """A row's gradient from its log alphas and a finite log Z; adds to `pairs` (K*K), and the 2 K after it."""
     k = tl.arange(0, BK)
     tl.store(betas + k, tl.load(end + k, mask=k < K, other=0.0).to(tl.float64), mask=k < K)
     tl.debug_barrier()
-    for back in range(0, L):
+    for back in range(L):
         n = L - 1 - back
         t = tl.load(positions + n).to(tl.int64)
         beta = tl.load(betas + back % 2 * K + k, mask=k < K, other=-INF)
@@ -177,7 +178,8 @@ def exact(
             worked = 1
             value = exact_row(
                 x + b * x_b, x_t, x_k, None if gradient is None else gradient + b * g_b, g_t, g_k,
-                None if tags is None else tags + b * tags_b, tags_t, None if mask is None else mask + b * mask_b, mask_t,
+                None if tags is None else tags + b * tags_b, tags_t,
+                None if mask is None else mask + b * mask_b, mask_t,
                 transitions, start, end, row_weight(weights, weights_b, scale, b),
                 None if alphas is None else alphas + b * T * K, vectors, positions + b * T,
                 None if slots is None else slots + b * T, partials, T, K, BK, BC, BT

@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: RET505 (in a kernel, an `if` on a constant and one on a tensor are different things)
 """What the Triton kernels share: types, which positions of a row are on, and the score of its tags.
 
 `n` counts the positions of a row that are on, 0 to L-1; `t` is where they lie. bfloat16 comes in as int16: to shift
@@ -45,7 +46,7 @@ def load_row(x, x_k, K, BK: tl.constexpr):
 
 @triton.jit
 def row_weight(weights, weights_b, scale: tl.int64, b):
-    """Weight times scale, in float64; the scale comes as its bits, since a float argument would be rounded to float32."""
+    """Weight times scale, in float64. The scale comes as its bits: a float argument would be rounded to float32."""
     weight = scale.to(tl.int64).to(tl.float64, bitcast=True)
     if weights is not None:
         weight = weight * tl.load(weights + b * weights_b).to(tl.float64)

@@ -1,5 +1,6 @@
 # mypy: ignore-errors
-"""The scaled kernels in Triton: sweeps, posteriors, and the sum of their parts; K <= 128.
+# ruff: noqa: SIM102 (in a kernel, an `if` on a constant and one on a tensor are different things)
+"""The scaled sweeps in Triton: alpha and beta, and whether they are right; K <= 128.
 
 The mathematics is in the package docstring; `scaled` has the rule that says for which rows it is right. Here alpha and
 beta are swept at the same time, each by a program of its own, so a path may be lost in either, and both mark. A message
@@ -12,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastseq.ops.crf.triton_rows import INF, as_float, from_float, gold_score, index_row, load_row, row_weight
+from fastseq.ops.crf.triton_rows import INF, as_float, gold_score, index_row, load_row, row_weight
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # stands for the maximum where all is -inf
 ONE = tl.constexpr(2.0**60)
@@ -56,51 +57,68 @@ def power_of_two(total):
 
 
 @triton.jit
-def sweep_row(
-    x, x_t, x_k, transitions, start, end, messages, scales, positions, L, K, forward, BK: tl.constexpr
-):  # fmt: skip
-    """The recursion of `sweep` over L > 0 positions: log Z in float64, and 1 where that is not proved right."""
+def meet_emissions(message, raw, lost, gaps, peaks, K, BK: tl.constexpr):
+    """A message times the factors of its position, and what is kept of each: lost tags, gaps, the sum of maxima."""
+    raw = tl.where(tl.arange(0, BK) < K, as_float(raw), -INF)
+    factor, top, gaps_here = factors(raw, K, 0)
+    v = message * factor
+    lost = lost | ((message > 0) & (factor > 0) & (v < TINY)).to(tl.int32)
+    return v, lost, tl.minimum(gaps, gaps_here), peaks + top.to(tl.float64)
+
+
+@triton.jit
+def keep(messages, message, v, n, forward, K, BK: tl.constexpr):
+    """Alpha is kept with the emissions of its position, beta without them, and so that it sums to about 1."""
     k = tl.arange(0, BK)
+    tl.store(messages + n * K + k, tl.where(forward, v, message * (1.0 / ONE)), mask=k < K)
+
+
+@triton.jit
+def sweep_row(
+    x, x_t, x_k, transitions, start, end, messages, scales, positions, L, K, direction, BK: tl.constexpr
+):  # fmt: skip
+    """The recursion of `sweep` over L > 0 positions: log Z in float64, and 1 where that is not proved right.
+
+    The first position is outside the loop: with an `if` around the product, its table would be computed in each step.
+    """
+    k = tl.arange(0, BK)
+    forward = direction == 0
     begin, step = tl.where(forward, 0, L - 1), tl.where(forward, 1, -1)
     if forward:
         edges, top_a, gap_a = edge_table(transitions, K, 1, K, BK)
-    else:
-        edges, top_a, gap_a = edge_table(transitions, 1, K, K, BK)
+    else:  # `direction` is the stride of 1: known to be 1, it would have Triton sum over the lanes of a warp
+        edges, top_a, gap_a = edge_table(transitions, direction, K, K, BK)
     first, top_s, gap_s = exponentials(tl.load(start + k, mask=k < K, other=-INF))
     last, top_e, gap_e = exponentials(tl.load(end + k, mask=k < K, other=-INF))
     peaks = (L - 1) * top_a.to(tl.float64) + (top_s.to(tl.float64) + top_e.to(tl.float64))
 
-    t = tl.load(positions + begin).to(tl.int64)
-    raw = load_row(x + t * x_t, x_k, K, BK)
+    raw = load_row(x + tl.load(positions + begin).to(tl.int64) * x_t, x_k, K, BK)
     t = tl.load(positions + begin + step, mask=L > 1, other=0).to(tl.int64)
+    ahead = load_row(x + t * x_t, x_k, tl.where(L > 1, K, 0), BK)
+    t = tl.load(positions + begin + 2 * step, mask=L > 2, other=0).to(tl.int64)
+    lost, gaps, power = tl.zeros([BK], tl.int32), tl.full([BK], INF, tl.float32), 0
     message = tl.where(forward, first, last) * ONE  # what comes from before, without the emissions of the position
-    v, power = message, 0
-    lost, gaps = tl.zeros([BK], tl.int32), tl.full([BK], INF, tl.float32)
-    for n in range(0, L):
+    v, lost, gaps, peaks = meet_emissions(message, raw, lost, gaps, peaks, K, BK)
+    if messages is not None:
+        keep(messages, message, v, begin, forward, K, BK)
+    for n in range(1, L):
+        raw = ahead
         ahead = load_row(x + t * x_t, x_k, tl.where(n + 1 < L, K, 0), BK)
         t = tl.load(positions + begin + (n + 2) * step, mask=n + 2 < L, other=0).to(tl.int64)
-        factor, top, gaps_n = factors(tl.where(k < K, as_float(raw), -INF), K, 0)
-        if n > 0:
-            scale, e = power_of_two(tl.sum(v))
-            message = tl.sum(v[:, None] * edges, 0) * scale
-            power += e
-            if messages is not None:
-                tl.store(scales + n - 1, scale, mask=forward)
-        v = message * factor
-        lost = lost | ((message > 0) & (factor > 0) & (v < TINY)).to(tl.int32)
-        gaps = tl.minimum(gaps, gaps_n)
-        peaks += top.to(tl.float64)
+        scale, e = power_of_two(tl.sum(v))
+        power += e
+        message = tl.sum(v[:, None] * edges, 0) * scale
+        v, lost, gaps, peaks = meet_emissions(message, raw, lost, gaps, peaks, K, BK)
         if messages is not None:
-            slot = begin + n * step
-            tl.store(messages + slot * K + k, tl.where(forward, v, message * (1.0 / ONE)), mask=k < K)
-        raw = ahead
+            tl.store(scales + n - 1, scale, mask=forward)
+            keep(messages, message, v, begin + n * step, forward, K, BK)
 
     scale, e = power_of_two(tl.sum(v))
     z = tl.sum(v * scale * tl.where(forward, last, first))
-    log_z = tl.log(z.to(tl.float64)) + (power + e - 60) * LOG_2 + peaks
+    log_z = tl.log(z.to(tl.float64)) + (power + e - 60).to(tl.float64) * LOG_2 + peaks
     regret = peaks + L * tl.log(tl.zeros([], tl.float64) + K) - log_z  # no set of paths sums to more than the bound
     gap = tl.minimum(tl.min(gaps), tl.minimum(gap_a, tl.minimum(gap_s, gap_e)))
-    right = (z >= TINY) & (regret + MARGIN < gap.to(tl.float64)) & (tl.max(lost) == 0)
+    right = (regret + MARGIN < gap.to(tl.float64)) & (tl.max(lost) == 0)  # not where log Z is -inf or NaN
     return log_z, tl.where(right, 0, 1)
 
 
@@ -138,7 +156,7 @@ def sweep(
     value, wrong = tl.full([], 0.0, tl.float64), 0
     if L > 0:
         value, wrong = sweep_row(
-            x, x_t, x_k, transitions, start, end, messages, scales, positions, L, K, forward, BK
+            x, x_t, x_k, transitions, start, end, messages, scales, positions, L, K, direction, BK
         )  # fmt: skip
         if tags is not None:
             if forward:
@@ -148,151 +166,3 @@ def sweep(
         tl.store(lengths + at, L)
     tl.store(marks + at, wrong)
     tl.store(values + b, value, mask=forward)
-
-
-@triton.jit
-def posterior_block(
-    x, x_t, x_k, alpha, beta, scales, t, n, L, K, weight, BK: tl.constexpr
-):  # fmt: skip
-    """The weighted posteriors of BT positions, and the two sides of their pairs: sum_n left_n(i) E_ij right_n(j)."""
-    k = tl.arange(0, BK)[None, :]
-    on, at = (n >= 0)[:, None] & (k < K), n[:, None] * K + k
-    raw = tl.load(x + t.to(tl.int64)[:, None] * x_t + k.to(tl.int64) * x_k, mask=on, other=0)
-    factor, _, _ = factors(tl.where(on, as_float(raw), -INF), K, 1)
-    a = tl.load(alpha + at, mask=on, other=0.0)
-    b = tl.load(beta + at, mask=on, other=0.0)
-    total = tl.sum(a * b, 1)  # rounding lets alpha . beta drift with T: each posterior is divided by its own sum
-    b = tl.where(a > 0, b / tl.where(total > 0, total, 1.0)[:, None], 0.0)  # where nothing leads to, beta has no bound
-    later = (n > 0)[:, None] & (k < K)
-    before = tl.load(alpha + at - K, mask=later, other=0.0)
-    scale = tl.load(scales + n - 1, mask=n > 0, other=0.0)
-    return a * b * weight, before * scale[:, None], tl.where(later, factor * b, 0.0) * weight
-
-
-@triton.jit
-def multiply_by_edges(pairs, transitions, K, BK: tl.constexpr):
-    """The table `pairs` in memory times exp(transitions - their maximum), 16 rows at a time: registers are dear."""
-    row, k = tl.arange(0, 16)[:, None], tl.arange(0, BK)[None, :]
-    tops = tl.full([16, BK], LOWEST, tl.float32)
-    for first in range(0, K, 16):
-        square = (first + row < K) & (k < K)
-        tops = tl.maximum(tops, tl.load(transitions + (first + row) * K + k, mask=square, other=-INF))
-    top = tl.max(tops)
-    for first in range(0, K, 16):
-        at, square = (first + row) * K + k, (first + row < K) & (k < K)
-        below = tl.load(transitions + at, mask=square, other=-INF) - top
-        edges = tl.where(below < -PRUNED, 0.0, tl.exp(below))
-        tl.store(pairs + at, tl.load(pairs + at, mask=square, other=0.0) * edges, mask=square)
-    tl.debug_barrier()
-
-
-@triton.jit
-def take_off_observed(
-    tags, tags_b, tags_t, weights, weights_b, scale, positions, slots, marks, partials, B, T, K,
-    BK: tl.constexpr, BT: tl.constexpr
-):  # fmt: skip
-    """Take the weighted counts of pairs of tags off the table `partials`, in the blocks that `posterior` owns."""
-    k = tl.arange(0, BK)[None, :]
-    i = tl.arange(0, BK)[:, None]
-    pairs = tl.load(partials + i * K + k, mask=(i < K) & (k < K), other=0.0)
-    blocks = tl.cdiv(T, BT)
-    for block in range(tl.program_id(0).to(tl.int64), B * blocks, tl.num_programs(0)):
-        b = block // blocks
-        weight = row_weight(weights, weights_b, scale, b).to(tl.float32)
-        wrong = tl.load(marks + b) | tl.load(marks + B + b)
-        t = (block % blocks) * BT + tl.arange(0, BT)
-        n = tl.load(slots + b * T + t, mask=t < tl.where((wrong == 0) & (weight != 0), T, 0), other=0)
-        if tl.max(n) > 0:
-            t_before = tl.load(positions + b * T + n - 1, mask=n > 0, other=0).to(tl.int64)
-            before = tl.load(tags + b * tags_b + t_before * tags_t, mask=n > 0, other=-1)
-            y = tl.load(tags + b * tags_b + t.to(tl.int64) * tags_t, mask=n > 0, other=-1)
-            left, right = tl.where(before[:, None] == k, -weight, 0.0), tl.where(y[:, None] == k, 1.0, 0.0)
-            pairs = tl.dot(tl.trans(left), right, pairs, input_precision="ieee")
-    tl.store(partials + i * K + k, pairs, mask=(i < K) & (k < K))
-
-
-@triton.jit(do_not_specialize=["x_b", "g_b", "tags_b", "tags_t", "weights_b", "scale", "B", "T"])
-def posterior(
-    x, x_b, x_t, x_k, gradient, g_b, g_t, g_k, tags, tags_b, tags_t, transitions, weights, weights_b, scale,
-    messages, scales, positions, slots, lengths, marks, partials, B, T, K,
-    BK: tl.constexpr, BT: tl.constexpr
-):  # fmt: skip
-    """Posteriors less one-hot tags to the gradient, and the pairs' counts of every num_programs-th block of BT positions.
-
-    A program owns whole blocks and one row of `partials` (K*K pairs, K first, K last tags): no atomics, so sums have one
-    order. A position costs K^2 FMA for expected pairs, as many for observed ones, reads 3 K numbers (alpha twice) and
-    K emissions, and writes K of the gradient: zeros where off, and nothing in rows that are not right.
-    """
-    k = tl.arange(0, BK)
-    pairs = tl.zeros([BK, BK], tl.float32)
-    firsts, lasts = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
-    blocks = tl.cdiv(T, BT)
-    program = tl.program_id(0).to(tl.int64)
-    for block in range(program, B * blocks, tl.num_programs(0)):
-        b = block // blocks
-        weight = row_weight(weights, weights_b, scale, b).to(tl.float32)
-        wrong = tl.load(marks + b) | tl.load(marks + B + b)
-        t = ((block % blocks) * BT + tl.arange(0, BT)).to(tl.int32)
-        n = tl.load(slots + b * T + t, mask=t < tl.where((wrong == 0) & (weight != 0), T, 0), other=-1)
-        value = tl.zeros([BT, BK], tl.float32)
-        if tl.max(n) >= 0:
-            alpha = messages + b * 2 * T * K
-            L = tl.load(lengths + b)
-            value, left, right = posterior_block(
-                x + b * x_b, x_t, x_k, alpha, alpha + T * K, scales + b * T, t, n, L, K, weight, BK
-            )  # fmt: skip
-            pairs = tl.dot(tl.trans(left), right, pairs, input_precision="ieee")
-            if tags is not None:
-                y = tl.load(tags + b * tags_b + t.to(tl.int64) * tags_t, mask=n >= 0, other=-1)
-                value -= tl.where(y[:, None] == k[None, :], weight, 0.0)
-            firsts += tl.sum(tl.where((n == 0)[:, None], value, 0.0), 0)
-            lasts += tl.sum(tl.where((n == L - 1)[:, None], value, 0.0), 0)
-        to = gradient + b * g_b + t.to(tl.int64)[:, None] * g_t + k.to(tl.int64)[None, :] * g_k
-        tl.store(to, from_float(value, gradient.dtype.element_ty), mask=(t < tl.where(wrong == 0, T, 0))[:, None] & (k < K)[None, :])
-
-    partials += program * (K * K + 2 * K)
-    tl.store(partials + K * K + k, firsts, mask=k < K)
-    tl.store(partials + K * K + K + k, lasts, mask=k < K)
-    tl.store(partials + k[:, None] * K + k[None, :], pairs, mask=(k < K)[:, None] & (k < K)[None, :])
-    tl.debug_barrier()
-    multiply_by_edges(partials, transitions, K, BK)
-    if tags is not None:
-        take_off_observed(
-            tags, tags_b, tags_t, weights, weights_b, scale, positions, slots, marks, partials, B, T, K, BK, BT
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["weights_b", "scale", "B", "parts", "exact_parts"])
-def reduce(
-    partials, parts, exact_partials, used, exact_parts, values, weights, weights_b, scale, B,
-    total, transitions, start, end, K, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The gradients of the parameters, BLOCK numbers a program, from the partial sums; program 0 also adds up the values.
-
-    Reads 4 bytes a number and part. The exact parts, 8 bytes, are read only if one was used.
-    """
-    size = K * K + 2 * K
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float64)
-    if partials is not None:
-        row = tl.arange(0, 16)[:, None]
-        scaled = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, parts, 16):
-            there = (first + row < parts) & (at < size)[None, :]
-            rows = (first + row).to(tl.int64) * size
-            scaled += tl.sum(tl.load(partials + rows + at[None, :], mask=there, other=0.0), 0)
-        sums += scaled.to(tl.float64)
-    for part in range(0, exact_parts):
-        if tl.load(used + part) != 0:
-            sums += tl.load(exact_partials + tl.cast(part, tl.int64) * size + at, mask=at < size, other=0.0)
-    tl.store(transitions + at, sums, mask=at < K * K)
-    tl.store(start + at - K * K, sums, mask=(at >= K * K) & (at < K * K + K))
-    tl.store(end + at - K * K - K, sums, mask=(at >= K * K + K) & (at < size))
-    if tl.program_id(0) == 0:
-        losses = tl.zeros([BLOCK], tl.float64)
-        for first in range(0, B, BLOCK):
-            b = first + tl.arange(0, BLOCK)
-            weight = tl.where(b < B, row_weight(weights, weights_b, scale, tl.minimum(b, B - 1)), 0.0)
-            value = tl.load(values + b, mask=b < B, other=0.0)
-            losses += tl.where(weight != 0, value * weight, 0.0)  # a row of weight 0 may hold anything
-        tl.store(total, tl.sum(losses))

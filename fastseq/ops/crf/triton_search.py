@@ -10,9 +10,10 @@ from fastseq.ops.crf.triton_rows import INF, OFF, as_float, index_row, load_row
 
 
 @triton.jit
-def unusable(values, mask):
-    """1 where there is NaN or +inf, from which nothing may be computed."""
-    return (mask & ~(values < INF)).to(tl.int32)
+def usable(values):
+    """The values, with -inf for NaN and +inf, from which nothing may be computed; and 1 where those were."""
+    good = values < INF
+    return tl.where(good, values, -INF), 1 - good.to(tl.int32)
 
 
 @triton.jit
@@ -55,25 +56,25 @@ def viterbi(
     edges = tl.load(transitions + k[:, None] * K + k[None, :], mask=square, other=-INF)
     last = tl.load(end + k, mask=k < K, other=-INF)
     score = tl.load(start + k, mask=k < K, other=-INF)
-    bad = unusable(score, k < K) | unusable(last, k < K)
-    if L > 1:
-        bad = bad | tl.max(unusable(edges, square), 0)
+    edges, bad_edges = usable(edges)
+    last, bad = usable(last)
+    score, worse = usable(score)
+    bad = bad | worse | tl.where(L > 1, tl.max(bad_edges), 0)
     raw = load_row(x + tl.load(positions).to(tl.int64) * x_t, x_k, K, BK)
     t = tl.load(positions + 1, mask=L > 1, other=0).to(tl.int64)
-    score += as_float(raw)
-    bad = bad | unusable(as_float(raw), k < K)
+    now, worse = usable(as_float(raw))
+    score, bad = score + now, bad | worse
     raw = load_row(x + t * x_t, x_k, tl.where(L > 1, K, 0), BK)
     t = tl.load(positions + 2, mask=L > 2, other=0).to(tl.int64)
     for n in range(1, L):
         ahead = load_row(x + t * x_t, x_k, tl.where(n + 1 < L, K, 0), BK)
         t = tl.load(positions + n + 2, mask=n + 2 < L, other=0).to(tl.int64)
-        now = as_float(raw)
-        bad = bad | unusable(now, k < K)
+        now, worse = usable(as_float(raw))
+        bad = bad | worse
         score, came_from = tl.max((score[:, None] + edges) + now[None, :], 0, return_indices=True)
-        pointer = tl.minimum(came_from, K - 1).to(tl.uint8)  # a NaN may come from anywhere
-        tl.store(pointers + n * K + k, pointer, mask=k < K)
+        tl.store(pointers + n * K + k, came_from.to(tl.uint8), mask=k < K)
         raw = ahead
     tl.debug_barrier()
     best, tag = tl.max(score + last, 0, return_indices=True)
     tl.store(scores + b, tl.where(tl.max(bad) != 0, float("nan"), best))
-    trace_back(paths, positions, pointers, tl.minimum(tag, K - 1), L, K)
+    trace_back(paths, positions, pointers, tag, L, K)

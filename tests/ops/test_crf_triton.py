@@ -1,0 +1,171 @@
+"""The CRF in Triton: in the interpreter, compiled for GPUs that are not here, and, where there is one, on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastseq.ops import crf
+from fastseq.testing import compare, sample_inputs
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+NAMES = ("nll", "nll_grad", "viterbi")
+
+
+def _interpret(*, whole: bool) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTSEQ_ALL_SAMPLES": str(int(whole))}
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(HERE / "triton_interpret.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    assert " passed" in child.stdout
+    assert "skipped" not in child.stdout
+
+
+@needs_triton
+@pytest.mark.timeout(1200)  # a minute on a machine that does nothing else
+def test_in_the_interpreter() -> None:
+    _interpret(whole=False)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_samples_in_the_interpreter() -> None:
+    _interpret(whole=True)
+
+
+def test_fastseq_does_not_import_triton() -> None:
+    """And no op does, until one is run by it."""
+    code = "import sys, fastseq; fastseq.info(); assert 'fastseq.ops.crf.triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ---- compiled for GPUs that are not here -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Any:
+    """The module triton_compile, beside this file."""
+    pytest.importorskip("triton")
+    spec = importlib.util.spec_from_file_location("triton_compile", HERE / "triton_compile.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["triton_compile"] = module  # for the child processes of `main`
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recorded(compiler: Any) -> dict[str, dict[str, int]]:
+    """The table of resources, by case; skips where another Triton is installed than it was made with."""
+    import triton
+
+    table = json.loads(compiler.TABLE.read_text(encoding="utf-8"))
+    if table["triton"] != triton.__version__:
+        pytest.skip(f"triton {triton.__version__} is installed, and the table is that of {table['triton']}")
+    rows: dict[str, dict[str, int]] = table["kernels"]
+    return rows
+
+
+def test_the_table_is_of_these_cases_and_nothing_spills(compiler: Any, recorded: dict[str, dict[str, int]]) -> None:
+    """But float64 Viterbi of more than 64 tags: its transitions alone are half of all registers of a multiprocessor."""
+    assert set(recorded) == {compiler.name_of(case) for case in compiler.cases()}
+    spills = {name for name, row in recorded.items() if row["stack"]}
+    assert {name for name in spills if not name.startswith("viterbi grad fp64 128")} == set()
+    assert max(row["shared"] for name, row in recorded.items() if name.endswith("sm_75")) <= 64 << 10
+    assert max(row["shared"] for row in recorded.values()) <= 99 << 10  # what sm_86, sm_89 and sm_120 have
+
+
+FEW = [
+    ("sweep", "grad", "fp32", 128, 90),
+    ("sweep", "odd", "fp32", 16, 75),
+    ("posterior", "grad", "bf16", 128, 90),
+    ("posterior", "grad", "fp32", 128, 75),
+    ("exact", "grad", "fp32", 128, 90),
+    ("reduce", "grad", "fp32", 16, 120),
+    ("viterbi", "grad", "fp32", 128, 100),
+]
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: "-".join(map(str, case)))
+def test_compiles_within_its_resources(compiler: Any, recorded: dict[str, dict[str, int]], case: Any) -> None:
+    case = compiler.Case(*case)
+    assert compiler.excess(compiler.resources(case), recorded[compiler.name_of(case)]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_all_compile_within_their_resources(recorded: dict[str, dict[str, int]]) -> None:
+    child = subprocess.run([sys.executable, str(HERE / "triton_compile.py")], capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+
+
+# ---- the host's part -------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_never_waits_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device there are no values to wait for: what reads one fails. Shapes and dtypes are the op's."""
+    from fastseq.ops.crf import triton as backend
+
+    monkeypatch.setattr(backend, "_launch", lambda *args, **constants: None)
+    for name in NAMES:
+        for args in sample_inputs(getattr(crf, name), dtype=torch.bfloat16):
+            meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+            got, wanted = getattr(backend, name)(*meta), getattr(crf, name).torch_op(*meta)
+            for g, w in zip(*((v,) if isinstance(v, torch.Tensor) else v for v in (got, wanted)), strict=True):
+                assert (g.shape, g.dtype) == (w.shape, w.dtype)
+                assert g.stride() == w.stride() or not g.numel()
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
+    from fastseq.ops.crf import reference
+    from fastseq.ops.crf import triton as backend
+
+    for args in sample_inputs(getattr(crf, name), dtype=dtype):
+        there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+        got = getattr(backend, name)(*there)
+        got = got.cpu() if isinstance(got, torch.Tensor) else tuple(g.cpu() for g in got)
+        compare(got, getattr(reference, name)(*args))
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [9, 128])
+def test_a_cuda_graph_replays_on_new_numbers(k: int, random_case: Callable[..., Any]) -> None:
+    from fastseq.ops.crf import triton as backend
+
+    inputs, later = ([v.cuda() for v in random_case(8, 40, k)] for _ in range(2))
+    later[0][0, 3] -= 1e4 * torch.arange(k, device="cuda")  # the exact kernel has a row to do
+    backend.nll_grad(*inputs, None, 1.0)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = backend.nll_grad(*inputs, None, 1.0)
+    for to, new in zip(inputs, later, strict=True):
+        to.copy_(new)
+    graph.replay()
+    again = backend.nll_grad(*later, None, 1.0)
+    compare([o.cpu() for o in outputs], [o.cpu() for o in again], 0.0)
+    compare([o.cpu() for o in outputs], crf.eager.nll_grad(*(v.cpu() for v in later), None, 1.0), 3e-5)
