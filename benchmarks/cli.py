@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastseq.registry import no_cuda
+from fastseq.reasons import no_cuda
 from fastseq_benchmarks import machine, plot, report, results
 from fastseq_benchmarks.results import Report
 from fastseq_benchmarks.runner import Effort, run_case

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 
 from fastseq import library
 
-__all__ = ["WhyNot", "needs", "no_cuda", "with_gpu"]
+__all__ = ["WhyNot", "needs", "no_cuda", "no_triton", "with_gpu"]
 
 WhyNot = Callable[..., str | None]
 """Given an op's arguments: None if a backend can run them, else the reason in words."""
@@ -58,6 +61,19 @@ def no_cuda() -> str | None:
     except Exception as error:  # the driver's own words, whatever they are
         return f"{none}: {str(error).partition(chr(10))[0]}"
     return none
+
+
+@functools.cache
+def no_triton() -> str | None:
+    """The reason that Triton kernels cannot run here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if (reason := no_cuda()) is not None:
+        return reason
+    compilers = os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")
+    if not any(compilers):
+        return "triton builds a launcher for each kernel, and finds no C compiler: set CC, or install gcc or clang"
+    return None
 
 
 @functools.cache

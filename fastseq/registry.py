@@ -28,7 +28,7 @@ from torch import Tensor
 from fastseq import library
 from fastseq.reasons import WhyNot, needs, no_cuda, with_gpu
 
-__all__ = ["OPS", "Backend", "BackendError", "Op", "explain", "needs", "no_cuda", "use", "value_errors"]
+__all__ = ["OPS", "Backend", "BackendError", "Op", "explain", "use", "value_errors"]
 
 NAMESPACE = "fastseq"
 LIB = torch.library.Library(NAMESPACE, "DEF")

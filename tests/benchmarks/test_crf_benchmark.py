@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastseq.registry import OPS, Backend, no_cuda
+from fastseq.reasons import no_cuda
+from fastseq.registry import OPS, Backend
 from fastseq_benchmarks import cli, crf, crf_truth, machine
 from fastseq_benchmarks.results import load
 from fastseq_benchmarks.runner import Effort

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import fastseq
 from fastseq.ops import crf
-from fastseq.registry import OPS, Backend, needs, value_errors
+from fastseq.reasons import needs
+from fastseq.registry import OPS, Backend, value_errors
 from fastseq.testing import backend_of
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -36,7 +37,7 @@ def _register_emulator() -> None:
         return lambda *args: value_errors(getattr(torch.ops.fastseq_emulator, name).default)(*args)
 
     for name in EMULATED:
-        fits = needs(device="cpu", dtype=crf.FLOATS, limits=crf._few_enough_tags)
+        fits = needs(device="cpu", dtype=crf.FLOATS, limits=crf.at_most(crf.CUDA_TAGS))
         OPS[name].register(Backend("emulator", run(name), fits, emulator.load, automatic=False, device="cpu"))
 
 

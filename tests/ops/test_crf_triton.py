@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastseq
 from fastseq.ops import crf
 from fastseq.testing import compare, sample_inputs
 
@@ -22,14 +23,15 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 NAMES = ("nll", "nll_grad", "viterbi")
 
 
+def _child(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python, with the fastseq that is tested here."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(fastseq.__file__).parents[1]), **environment}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
 def _interpret(*, whole: bool) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTSEQ_ALL_SAMPLES": str(int(whole))}
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(HERE / "triton_interpret.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", str(HERE / "triton_interpret.py"))
+    child = _child(*arguments, TRITON_INTERPRET="1", FASTSEQ_ALL_SAMPLES=str(int(whole)))
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     assert " passed" in child.stdout
     assert "skipped" not in child.stdout
@@ -51,7 +53,8 @@ def test_all_samples_in_the_interpreter() -> None:
 def test_fastseq_does_not_import_triton() -> None:
     """And no op does, until one is run by it."""
     code = "import sys, fastseq; fastseq.info(); assert 'fastseq.ops.crf.triton' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    child = _child("-c", code)
+    assert child.returncode == 0, child.stderr
 
 
 # ---- compiled for GPUs that are not here -----------------------------------------------------------------------------
@@ -111,7 +114,7 @@ def test_compiles_within_its_resources(compiler: Any, recorded: dict[str, dict[s
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_all_compile_within_their_resources(recorded: dict[str, dict[str, int]]) -> None:
-    child = subprocess.run([sys.executable, str(HERE / "triton_compile.py")], capture_output=True, text=True)
+    child = _child(str(HERE / "triton_compile.py"))
     assert child.returncode == 0, child.stdout + child.stderr
 
 

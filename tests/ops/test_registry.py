@@ -14,7 +14,8 @@ from torch import Tensor
 import fastseq
 from fastseq import library, reasons
 from fastseq.ops import crf
-from fastseq.registry import OPS, Backend, BackendError, Op, needs, value_errors
+from fastseq.reasons import needs
+from fastseq.registry import OPS, Backend, BackendError, Op, value_errors
 
 
 def _samples(device: Any, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:

@@ -47,7 +47,10 @@ MISSING = {  # the arguments that are None: in nll, which asks for no gradient, 
 
 
 class Case(NamedTuple):
-    """A kernel as it is compiled: `form` is grad, value (nll alone) or odd (grad, K not a multiple of 16)."""
+    """A kernel as it is compiled.
+
+    `form` is grad, value (nll alone), odd (grad, K not a multiple of 16) or one (grad, K = 1, a constant to Triton).
+    """
 
     kernel: str
     form: str
@@ -60,6 +63,7 @@ def cases() -> list[Case]:
     """Float32 for every size and architecture; other types and forms where sizes and code differ most."""
     blocks = {name: (16,) if name == "reduce" else (16, 32, 64, 128) for name in KERNELS}
     found = [Case(name, "grad", "fp32", k, cc) for name in KERNELS for k in blocks[name] for cc in ARCHITECTURES]
+    found += [Case(name, "one", "fp32", 16, 90) for name in KERNELS]
     for cc in (75, 90):
         for k in (16, 128):
             halves = ("sweep", "posterior", "exact", "viterbi")
@@ -77,7 +81,7 @@ def _source(case: Case) -> tuple[ASTSource, int]:
     types = {**dict.fromkeys(("transitions", "start", "end", "weights", "scores", "total"), result), **POINTERS}
     types |= {"x": EMISSIONS[case.dtype], "gradient": EMISSIONS[case.dtype]}
     types["partials"] = "fp64" if case.kernel == "exact" else "fp32"
-    if case.form == "value" and case.kernel == "sweep":
+    if case.form == "value":
         types["values"] = result
     constants: dict[str, Any] = {"BLOCK": 256, "num_warps": 4}
     if case.kernel != "reduce":
@@ -85,7 +89,8 @@ def _source(case: Case) -> tuple[ASTSource, int]:
     warps = constants.pop("num_warps")
     for key in (case.form, case.dtype):
         constants |= dict.fromkeys(MISSING.get((case.kernel, key), ()))
-    constants |= {name: 1 for name in ("x_k", "g_k") if name in function.arg_names}
+    ones = ("x_k", "g_k", *(("K", "x_t", "g_t") if case.form == "one" else ()))
+    constants |= {name: 1 for name in ones if name in function.arg_names}
     aligned = () if case.form == "odd" else ("K", "x_t", "g_t")
     signature, attributes = {}, {}
     for place, name in enumerate(function.arg_names):

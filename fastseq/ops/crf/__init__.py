@@ -42,19 +42,21 @@ or X that underflows counts as a pruned edge, and the row is marked unless log Z
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastseq.ops.crf import eager, reference, samples
-from fastseq.registry import Op, is_plain, needs, opaque
+from fastseq.reasons import needs, no_triton
+from fastseq.registry import Op, is_plain, opaque
 
 __all__ = ["entropy", "log_likelihood", "nbest", "nll", "nll_grad", "sample", "token_nll", "viterbi"]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NO_GPU_KERNEL = "no CUDA kernel in this version; eager runs it on the GPU"
 CUDA_TAGS = 1024  # csrc/crf/cuda/kernels.h
+TRITON_TAGS = 128  # triton.py
 _PARAMETERS = "Tensor transitions, Tensor start, Tensor end"
 _MODEL = f"Tensor emissions, Tensor? mask, {_PARAMETERS}"
 _PATHS = f"Tensor emissions, Tensor? tags, Tensor? mask, {_PARAMETERS}"
@@ -66,10 +68,30 @@ def _rows(emissions: Tensor, *trailing: int, dtype: torch.dtype | None = None) -
     return emissions.new_empty((emissions.shape[0], *trailing), dtype=dtype or default)
 
 
-def _few_enough_tags(emissions: Tensor, *_: Any) -> str | None:
-    """What the CUDA kernels can do: a block's shared memory holds some positions of all tags."""
-    tags = emissions.shape[-1]
-    return None if tags <= CUDA_TAGS else f"needs at most {CUDA_TAGS} tags, got {tags}"
+def at_most(limit: int) -> Callable[..., str | None]:
+    """The limits of a GPU kernel: on K, and that positions and emissions of a row are counted in 31 bits."""
+
+    def why_not(*args: Any) -> str | None:
+        batch, steps, tags = args[0].shape
+        if tags > limit:
+            return f"needs at most {limit} tags, got {tags}"
+        return (
+            None if max(steps * tags, batch * steps) < 2**31 else "needs fewer than 2^31 emissions a row, and positions"
+        )
+
+    return why_not
+
+
+def _on_gpus(op: Op) -> None:
+    """Add the GPU kernels of `op`: the compiled library's, which is tried first, and Triton's."""
+    op.compiled("cuda", needs(device="cuda", dtype=FLOATS, limits=at_most(CUDA_TAGS)))
+    triton = needs(device="cuda", dtype=FLOATS, capability=(7, 5), limits=at_most(TRITON_TAGS))
+    op.lazy("triton", f"{__name__}.triton:{op.name.removeprefix('crf_')}", triton, no_triton)
+
+
+def _only_eager_on_gpus(op: Op) -> None:
+    for backend in ("cuda", "triton"):
+        op.lacks(backend, "no GPU kernel in this version; eager runs it on the GPU")
 
 
 # ---- nll: the value, a row each --------------------------------------------------------------------------------------
@@ -82,7 +104,7 @@ nll = Op(
     samples=samples.paths,
 )
 nll.compiled("cpu", needs(device="cpu", dtype=FLOATS))
-nll.compiled("cuda", needs(device="cuda", dtype=FLOATS, limits=_few_enough_tags))
+_on_gpus(nll)
 
 
 def _nll_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -123,7 +145,7 @@ nll_grad = Op(
     samples=samples.weighted_paths,
 )
 nll_grad.compiled("cpu", needs(device="cpu", dtype=FLOATS))
-nll_grad.compiled("cuda", needs(device="cuda", dtype=FLOATS, limits=_few_enough_tags))
+_on_gpus(nll_grad)
 
 
 def _nll_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -247,7 +269,7 @@ token_nll = Op(
     samples=samples.tagged_paths,
 )
 token_nll.lacks("cpu", "no compiled kernel in this version; eager runs in the float64 log domain")
-token_nll.lacks("cuda", NO_GPU_KERNEL)
+_only_eager_on_gpus(token_nll)
 _differentiate_eagerly(token_nll, eager.token_nll)
 
 entropy = Op(
@@ -258,7 +280,7 @@ entropy = Op(
     samples=samples.models,
 )
 entropy.compiled("cpu", needs(device="cpu", dtype=FLOATS))
-entropy.lacks("cuda", NO_GPU_KERNEL)
+_only_eager_on_gpus(entropy)
 _differentiate_eagerly(entropy, eager.entropy)
 
 
@@ -272,7 +294,7 @@ viterbi = Op(
     samples=samples.models,
 )
 viterbi.compiled("cpu", needs(device="cpu", dtype=FLOATS))
-viterbi.compiled("cuda", needs(device="cuda", dtype=FLOATS, limits=_few_enough_tags))
+_on_gpus(viterbi)
 viterbi.no_derivative()
 
 nbest = Op(
@@ -286,7 +308,7 @@ nbest = Op(
     samples=samples.models_and_n,
 )
 nbest.compiled("cpu", needs(device="cpu", dtype=FLOATS))
-nbest.lacks("cuda", NO_GPU_KERNEL)
+_only_eager_on_gpus(nbest)
 nbest.no_derivative()
 
 sample = Op(
@@ -297,5 +319,5 @@ sample = Op(
     samples=samples.uniforms_and_models,
 )
 sample.compiled("cpu", needs(device="cpu", dtype=FLOATS))
-sample.lacks("cuda", NO_GPU_KERNEL)
+_only_eager_on_gpus(sample)
 sample.no_derivative()
