@@ -32,8 +32,8 @@ namespace device = fastseq::crf::cuda;
 uint64_t chosen_part = 0;  // the seed that was asked for
 bool quick = false;
 
-// Whether the next case belongs to this run, of which `rarely` means fewer. Scattered, as cases that are alike
-// come at equal distances.
+// Whether the next case belongs to this run, of which `rarely` means fewer. Scattered, as cases that are
+// alike come at equal distances.
 bool taken(unsigned rarely = 1) {
   static uint64_t turn = 0;
   const uint64_t scattered = (++turn * 0x9E3779B97F4A7C15u) >> 32, parts = (quick ? 60 : 3) * rarely;

@@ -1,4 +1,5 @@
-// The test-only torch ops fastseq_emulator::crf_*: the CUDA kernels themselves, run on CPU tensors by the emulator.
+// The test-only torch ops fastseq_emulator::crf_*: the CUDA kernels themselves, run on CPU tensors by the
+// emulator.
 #include "crf/cuda/instantiate.cuh"
 #include "crf/cuda/ops.h"
 

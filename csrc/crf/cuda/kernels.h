@@ -1,5 +1,5 @@
-// The kernels as the registration calls them, for (S, R) = (double, double), (float, float), (bf16, float) and
-// (f16, float); one .cu file each instantiates them.
+// The kernels as the registration calls them, for (S, R) = (double, double), (float, float), (bf16, float)
+// and (f16, float); one .cu file each instantiates them.
 #pragma once
 #include "batch.cuh"
 
