@@ -15,6 +15,9 @@ inline int& failures() {
   return count;
 }
 
+// A crash must not take with it what was said before.
+inline const bool says_at_once = std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ) == 0;
+
 // What is being checked, for the messages: a test of many cases sets it in each.
 inline std::string& context() {
   static std::string text;

@@ -236,6 +236,7 @@ void test_core() {
   check_size(2, 18, 100, 6);
   check_size(1, 6, 130, 9);
   for (int64_t K : {1, 20, 40, 70, 130}) {
+    if (emulator::kThreadSanitizer && K > 64) continue;  // K*K / 16 blocks of 512 threads for the sums
     check_size(0, 4, K, 1);
     check_size(2, 0, K, 2);
     Problem off(3, 20, K, Mask::none, 1);
@@ -262,18 +263,23 @@ void test_hazards() {
   }
 }
 
-// Rows that lose a path forward, or backward alone, must be seen, and others must not be; in every regime.
+// Rows that lose a path must be seen, and others must not be; in every regime. The first tag, which keeps to
+// itself, comes to be far ahead: of row 1 forward, of row 2 backward, and then is forbidden; of row 4 both
+// ways, but it falls back again, so that log Z alone does not tell.
 void test_marks(int64_t K) {
-  Problem p(4, 12, K, Mask::none, unsigned(K));
+  Problem p(5, 12, K, Mask::none, unsigned(K));
   part(p);
   p.transitions[0] = 1 + std::log(float(K - 1));  // about what the others have for being many
-  p.weights = {1, -2, 3, 1};
+  p.weights = {1, -2, 3, 1, -1};
   for (int64_t l = 0; l < 6; ++l) p.at(1, l, 0) += 25, p.at(2, 11 - l, 0) += 25;
   p.at(1, 11, 0) = p.at(2, 0, 0) = kNever;
+  for (int64_t l = 0; l < 5; ++l) p.at(4, l, 0) += 40, p.at(4, 5 + l, 0) -= 40;
   const View view(p, Type::f32, Layout::dense);
   context() = "marks, K " + std::to_string(K);
   const Run<float> got = check_as<float, float>(p, view, Off::tag);
-  CHECK(!got.marked[0] && got.marked[1] && got.marked[2] && !got.marked[3]);
+  CHECK((got.marked == std::vector<bool>{false, true, true, false, true}));
+  const Run<float> value = run<float, float>(p, view, Off::tag, next_seed(), false);
+  CHECK((value.marked == std::vector<bool>{false, true, false, false, true}));
 }
 
 // All edges but those from a tag to itself are left out of E, being 70 nats below. To stay with the first tag

@@ -1,14 +1,16 @@
 // nll and its gradient, from the host: the choice of the regime, the sizes, and at most four launches.
 //
-// Memory besides inputs and outputs, for B rows of T positions (N = B*T), K tags, segments of C = 16
-// positions (4 beyond K = 128): checkpoints 8 N K / C bytes; shares of the gradient 4 K^2 bytes for each of
-// at most N / 2K + 40 owners; and for the rows that are done exactly about 16 sqrt(T) K + 8 K^2 bytes for
-// each of at most 64 blocks. Nothing of it depends on the values, so a call can be captured in a CUDA graph.
+// Memory besides inputs and outputs, for B rows of T positions (N = B*T), K tags, KM of them with padding, s
+// bytes an emission, segments of C = 16 positions (4 beyond K = 128): checkpoints 8 N KM / C bytes; shares of
+// the gradient 4 K^2 bytes for each of at most max(s N / 8K, 32) + 7 owners; and for the rows that are done
+// exactly about 16 sqrt(T) K + 8 K^2 bytes for each of at most 64 blocks. Nothing of it depends on the
+// values, so a call can be captured in a CUDA graph.
 //
-// Global memory traffic with a gradient, in bytes, s bytes an emission: the emissions are read three times
-// (by the two sweeps and the posterior kernel) and the gradient is written once, 4 s N K; checkpoints are
-// written and read, 16 N K / C; shares are written and read, 8 K^2 owners, at most 4 N K and 2.5 KiB of K^2.
-// The least that two recursions and a gradient can do is 3 s N K.
+// Global memory traffic with a gradient, in bytes: the emissions are read three times (by the two sweeps and
+// the posterior kernel) and the gradient is written once, 4 s N K; checkpoints are written and read, 16 N KM
+// / C; shares are written and read, 8 K^2 an owner. The least that two recursions and a gradient can do is 3
+// s N K. From N = 256 K / s on, and where KM < 2 K, the sum is within twice that. Parameters, which every
+// team reads, come from a cache.
 #pragma once
 #include <algorithm>
 
@@ -77,8 +79,9 @@ struct Scaled {
 
   Scaled() = default;
 
+  // s: bytes of an emission.
   template <class Regime>
-  Scaled(Regime, int B, int T, int K, bool gradient, Workspace& workspace) {
+  Scaled(Regime, int B, int T, int K, int s, bool gradient, Workspace& workspace) {
     sweeps.segments = int(ceil_div(T, Regime::kSegment));
     sweeps.first = workspace.take<int>(B);
     sweeps.last = workspace.take<int>(B);
@@ -88,8 +91,8 @@ struct Scaled {
     sweeps.alpha = workspace.take<float>(tasks * Regime::row(K));
     sweeps.beta = workspace.take<float>(tasks * Regime::row(K));
     sweeps.tag_before = workspace.take<int>(tasks);
-    // As many owners as segments, while their shares of the gradient cost less than the emissions do.
-    const int64_t affordable = std::max<int64_t>(int64_t(B) * T / (2 * K), 32);
+    // As many owners as segments, while their shares of the gradient cost less than a third of the least.
+    const int64_t affordable = std::max<int64_t>(int64_t(s) * B * T / (8 * K), 32);
     blocks = int(ceil_div(std::min(tasks, affordable), Regime::Team::kPerBlock));
     owners = blocks * Regime::Team::kPerBlock;
     partials = workspace.take<float>(owners * partial_size(K));
@@ -107,7 +110,7 @@ struct Plan {
       : workspace(memory), exact(batch.B, batch.T, batch.K, gradient, workspace) {
     if constexpr (std::is_same_v<R, float>)  // float64 is done exactly throughout
       with_regime(batch.K, [&](auto regime) {
-        scaled = Scaled(regime, batch.B, batch.T, batch.K, gradient, workspace);
+        scaled = Scaled(regime, batch.B, batch.T, batch.K, int(sizeof(S)), gradient, workspace);
       });
   }
 };
