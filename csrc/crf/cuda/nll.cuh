@@ -2,15 +2,16 @@
 //
 // Memory besides inputs and outputs, for B rows of T positions (N = B*T), K tags, KM of them with padding, s
 // bytes an emission, segments of C = 16 positions (4 beyond K = 128): checkpoints 8 N KM / C bytes; shares of
-// the gradient 4 K^2 bytes for each of at most max(s N / 8K, 32) + 7 owners; and for the rows that are done
+// the gradient 4 K^2 bytes for each of at most max(s N / 16K, 32) + 7 owners; and for the rows that are done
 // exactly about 16 sqrt(T) K + 8 K^2 bytes for each of at most 64 blocks. Nothing of it depends on the
 // values, so a call can be captured in a CUDA graph.
 //
 // Global memory traffic with a gradient, in bytes: the emissions are read three times (by the two sweeps and
 // the posterior kernel) and the gradient is written once, 4 s N K; checkpoints are written and read, 16 N KM
-// / C; shares are written and read, 8 K^2 an owner. The least that two recursions and a gradient can do is 3
-// s N K. From N = 256 K / s on, and where KM < 2 K, the sum is within twice that. Parameters, which every
-// team reads, come from a cache.
+// / C; shares are cleared, added to and read, 16 K^2 an owner. The least that two recursions and a gradient
+// can do is 3 s N K. Where s N / 16K is at least 32, and KM < 2 K, the sum is within twice that; a smaller
+// batch has more shares than it would need, and moves several times the least. Parameters, which every team
+// reads, and most shares come from a cache.
 #pragma once
 #include <algorithm>
 
@@ -92,7 +93,7 @@ struct Scaled {
     sweeps.beta = workspace.take<float>(tasks * Regime::row(K));
     sweeps.tag_before = workspace.take<int>(tasks);
     // As many owners as segments, while their shares of the gradient cost less than a third of the least.
-    const int64_t affordable = std::max<int64_t>(int64_t(s) * B * T / (8 * K), 32);
+    const int64_t affordable = std::max<int64_t>(int64_t(s) * B * T / (16 * K), 32);
     blocks = int(ceil_div(std::min(tasks, affordable), Regime::Team::kPerBlock));
     owners = blocks * Regime::Team::kPerBlock;
     partials = workspace.take<float>(owners * partial_size(K));
