@@ -22,6 +22,23 @@ def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the backends that ops choose in this test, one a call."""
+    from fastseq.registry import Backend, Op
+
+    names: list[str] = []
+    choose = Op.choose
+
+    def spy(op: Op, *args: Any) -> Backend:
+        backend = choose(op, *args)
+        names.append(backend.name)
+        return backend
+
+    monkeypatch.setattr(Op, "choose", spy)
+    return names
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; `pytest -m gpu` runs these alone")
 

@@ -1,6 +1,6 @@
 // The one header that kernels include: CUDA's under nvcc, the emulator's (testing/cuda_emulator.h) under
 // g++ with FASTSEQ_EMULATE. Then what all kernels share: launches, dynamic shared memory, elements of any
-// type loaded and stored, sums and maxima over lanes.
+// type loaded and stored.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -128,26 +128,5 @@ __device__ __forceinline__ void store_int(I* p, std::type_identity_t<I> value) {
 // ---- lanes -----------------------------------------------------------------------------------------------
 
 constexpr unsigned kFullMask = 0xFFFFFFFF;
-
-// The sum over each W neighbouring lanes, in every one of them the same bits: `mask` are the lanes that
-// call. The order of the additions is fixed, a tree.
-template <int W, class V>
-__device__ __forceinline__ V group_sum(V v, unsigned mask) {
-  static_assert(W >= 1 && W <= 32 && (W & (W - 1)) == 0);
-#pragma unroll
-  for (int offset = W / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(mask, v, offset);
-  return v;
-}
-
-template <int W, class V>
-__device__ __forceinline__ V group_max(V v, unsigned mask) {
-  static_assert(W >= 1 && W <= 32 && (W & (W - 1)) == 0);
-#pragma unroll
-  for (int offset = W / 2; offset > 0; offset /= 2) {
-    const V other = __shfl_xor_sync(mask, v, offset);
-    v = other > v ? other : v;
-  }
-  return v;
-}
 
 }  // namespace fastseq::cuda

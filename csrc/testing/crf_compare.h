@@ -38,12 +38,6 @@ Result<R> run_nll(const Problem& p, const View& view, const ParallelFor& paralle
   return out;
 }
 
-template <class T>
-bool same_bits(const Memory<T>& a, const Memory<T>& b) {
-  return a.size() == b.size() &&
-         (a.size() == 0 || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-
 template <class R>
 bool same_bits(const Result<R>& a, const Result<R>& b) {
   return same_bits(a.nll, b.nll) && same_bits(a.transitions, b.transitions) && same_bits(a.start, b.start) &&

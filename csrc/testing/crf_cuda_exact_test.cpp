@@ -13,13 +13,13 @@
 #include "crf/cuda/exact.cuh"
 #include "crf/cuda/reduce.cuh"
 #include "testing/check.h"
+#include "testing/crf_cuda_batch.h"
 #include "testing/crf_problem.h"
 
 namespace {
 
 using namespace fastseq;
 using namespace fastseq::testing;
-namespace gpu = fastseq::crf::cuda;
 
 constexpr double kScale = 0.75;
 constexpr double kInf = std::numeric_limits<double>::infinity(),
@@ -29,9 +29,6 @@ constexpr double kInf = std::numeric_limits<double>::infinity(),
 // once each. It sees races whatever the schedule is.
 constexpr bool kFew = emulator::kThreadSanitizer;
 bool skip(unsigned n, unsigned every) { return kFew && n % every != 0; }
-
-// By what a position is off.
-enum class Off { tag, mask, either };
 
 struct Case {
   Type type = Type::f64;
@@ -52,45 +49,17 @@ struct Result {
   Memory<uint8_t> used;
 };
 
-// Where the rows' positions are, in the tensors that a kernel reads. A tag that is not looked at is nonsense.
-struct Rows2d {
-  Memory<int64_t> tags;
-  Memory<bool> mask;
-
-  Rows2d(const Problem& p, Off off) : tags(p.tags), mask(p.B * p.T) {
-    for (int64_t b = 0; b < p.B; ++b) {
-      for (int64_t t = 0; t < p.T; ++t) {
-        int64_t& tag = tags[b * p.T + t];
-        const bool on = tag != gpu::kTagOff, by_mask = !p.tagged || off == Off::mask || (b + t) % 2 == 0;
-        mask[t * p.B + b] = on || (off != Off::mask && p.tagged && !by_mask);
-        if (!on && by_mask && off != Off::tag) tag = p.K + 17;
-      }
-    }
-  }
-};
-
 template <class S, class R>
 Result<R> run(const Problem& p, const View& view, const Case& c) {
   const int B = int(p.B), T = int(p.T), K = int(p.K);
-  const int64_t size = gpu::partial_size(K);
+  const int64_t size = device::partial_size(K);
   const Parameters<R> parameters(p);
   const Memory<R> weights(p.weights);
-  const Rows2d rows(p, c.off);
+  const Positions positions(p, c.off);
   Memory<uint8_t> marks(c.marks);
-  gpu::Batch<S, R> batch{B,
-                         T,
-                         K,
-                         {},
-                         {},
-                         {},
-                         parameters.transitions.data(),
-                         parameters.start.data(),
-                         parameters.end.data(),
-                         p.weighted ? weights.data() : nullptr,
-                         kScale};
-  batch.x = {reinterpret_cast<const S*>(view.memory.data()), view.stride_b, view.stride_t};
-  if (p.tagged) batch.tags = {rows.tags.data(), p.T, 1};
-  if (!p.tagged || c.off != Off::tag) batch.mask = {rows.mask.data(), 1, p.B};
+  device::Batch<S, R> batch = device_batch<S>(p, view, parameters, positions);
+  batch.weights = p.weighted ? weights.data() : nullptr;
+  batch.scale = kScale;
 
   Result<R> out{Memory<R>(B),
                 Memory<R>(1),
@@ -99,27 +68,21 @@ Result<R> run(const Problem& p, const View& view, const Case& c) {
                 Memory<R>(K),
                 Memory<char>(view.extent(p) * bytes(view.type)),
                 Memory<uint8_t>(c.gradient ? c.grid : 0)};
-  Memory<double> workspace(c.grid * gpu::exact_workspace(T, K)), partials(c.gradient ? c.grid * size : 0);
-  gpu::Gradient<S> gradient;
+  Memory<double> workspace(c.grid * device::exact_workspace(T, K)), partials(c.gradient ? c.grid * size : 0);
+  device::Gradient<S> gradient;
   if (c.gradient && out.emissions.size())  // what is empty may have no address
     gradient = {reinterpret_cast<S*>(out.emissions.data()), view.stride_b, view.stride_t};
-  FASTSEQ_LAUNCH((gpu::exact_kernel<S, R>), c.grid, gpu::exact::Block::kBlock, 0, nullptr, batch,
+  FASTSEQ_LAUNCH((device::exact_kernel<S, R>), c.grid, device::exact::Block::kBlock, 0, nullptr, batch,
                  c.marks.empty() ? nullptr : marks.data(), out.nll.data(), gradient, workspace.data(),
                  c.gradient ? partials.data() : nullptr, c.gradient ? out.used.data() : nullptr);
   if (!c.gradient) return out;
   Memory<float> shares(c.float_owners * size);
   for (int64_t n = 0; n < shares.size(); ++n) shares[n] = float(n % 7) - 3;
-  FASTSEQ_LAUNCH((gpu::reduce_kernel<R>), gpu::reduce_grid(K), gpu::reduce::Block::kBlock, 0, nullptr, K, B,
-                 out.nll.data(), p.weighted ? weights.data() : nullptr, kScale, shares.data(), c.float_owners,
-                 partials.data(), out.used.data(), c.grid, out.total.data(), out.transitions.data(),
-                 out.start.data(), out.end.data());
+  FASTSEQ_LAUNCH((device::reduce_kernel<R>), device::reduce_grid(K), device::reduce::Block::kBlock, 0,
+                 nullptr, K, B, out.nll.data(), p.weighted ? weights.data() : nullptr, kScale, shares.data(),
+                 c.float_owners, partials.data(), out.used.data(), c.grid, out.total.data(),
+                 out.transitions.data(), out.start.data(), out.end.data());
   return out;
-}
-
-template <class T>
-bool same_bits(const Memory<T>& a, const Memory<T>& b) {
-  return a.size() == b.size() &&
-         (a.size() == 0 || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 template <class R>
@@ -137,7 +100,7 @@ struct Wanted {
   double total = 0;
 
   Wanted(const Problem& p, const View& view, const Case& c)
-      : nll(p.B), emissions(p.B * p.T * p.K), sums(gpu::partial_size(int(p.K))) {
+      : nll(p.B), emissions(p.B * p.T * p.K), sums(device::partial_size(int(p.K))) {
     const View exact = view.exactly(p);
     const Parameters<double> parameters(p);
     const std::vector<double> weights(p.weights.begin(), p.weights.end());
@@ -230,8 +193,8 @@ void test_as(Type type, const Problem& p, Case c, double tolerance = 1e-11) {
   c.type = type;
   if (type == Type::f64) test<double, double>(p, c, tolerance);
   if (type == Type::f32) test<float, float>(p, c, tolerance);
-  if (type == Type::bf16) test<gpu::bf16, float>(p, c, tolerance);
-  if (type == Type::f16) test<gpu::f16, float>(p, c, tolerance);
+  if (type == Type::bf16) test<device::bf16, float>(p, c, tolerance);
+  if (type == Type::f16) test<device::f16, float>(p, c, tolerance);
 }
 
 constexpr Type kTypes[] = {Type::f64, Type::f32, Type::bf16, Type::f16};

@@ -18,6 +18,7 @@
 #include "crf/cuda/nll.cuh"
 #include "testing/check.h"
 #include "testing/crf_compare.h"
+#include "testing/crf_cuda_batch.h"
 #include "testing/crf_hazards.h"
 #include "testing/crf_problem.h"
 
@@ -25,7 +26,6 @@ namespace {
 
 using namespace fastseq;
 using namespace fastseq::testing;
-namespace device = fastseq::crf::cuda;
 
 // ---- which cases, and under which schedules ---------------------------------------------------------------
 
@@ -47,28 +47,6 @@ uint64_t next_seed() {
 
 // ---- the kernels on one problem ---------------------------------------------------------------------------
 
-// By what a position is off.
-enum class Off { tag, mask, either };
-
-// Tags and mask as the kernels read them. A tag that nobody may look at is nonsense.
-struct Positions {
-  Memory<int64_t> tags;
-  Memory<bool> mask;  // (T,B)
-  bool masked;
-
-  Positions(const Problem& p, Off off)
-      : tags(p.tags), mask(p.B * p.T), masked(!p.tagged || off != Off::tag || p.rows.positions.empty()) {
-    for (int64_t b = 0; b < p.B; ++b) {
-      for (int64_t t = 0; t < p.T; ++t) {
-        int64_t& tag = tags[b * p.T + t];
-        const bool on = tag != device::kTagOff, by_mask = !p.tagged || off == Off::mask || (b + t) % 2 == 0;
-        mask[t * p.B + b] = on || !by_mask;
-        if (!on && by_mask && masked) tag = p.K + 17;
-      }
-    }
-  }
-};
-
 template <class R>
 struct Run {
   Result<R> result;
@@ -89,13 +67,7 @@ Run<R> run(const Problem& p, const View& view, Off off, uint64_t seed, bool grad
   const Parameters<R> parameters(p);
   const Memory<R> weights(p.weights);
   const Positions positions(p, off);
-  device::Batch<S, R> batch{};
-  batch.B = int(p.B), batch.T = int(p.T), batch.K = int(K);
-  batch.x = {reinterpret_cast<const S*>(view.memory.data()), view.stride_b, view.stride_t};
-  if (p.tagged) batch.tags = {positions.tags.data(), p.T, 1};
-  if (positions.masked) batch.mask = {positions.mask.data(), 1, p.B};
-  batch.transitions = parameters.transitions.data();
-  batch.start = parameters.start.data(), batch.end = parameters.end.data();
+  device::Batch<S, R> batch = device_batch<S>(p, view, parameters, positions);
   batch.weights = gradient && p.weighted ? weights.data() : nullptr;
   batch.scale = kScale;
   const device::Gradients<S, R> to{

@@ -10,13 +10,13 @@
 
 #include "crf/cuda/viterbi.cuh"
 #include "testing/check.h"
+#include "testing/crf_cuda_batch.h"
 #include "testing/crf_problem.h"
 
 namespace {
 
 using namespace fastseq;
 using namespace fastseq::testing;
-namespace device = fastseq::crf::cuda;
 
 bool quick = false;
 
@@ -47,24 +47,13 @@ struct MaskMemory {
 bool all_on(const Problem& p) { return int64_t(p.rows.positions.size()) == p.B * p.T; }
 
 template <class S, class R>
-device::Batch<S, R> device_batch(const Problem& p, const View& view, const Parameters<R>& parameters,
-                                 const MaskMemory& mask) {
-  device::Batch<S, R> batch{};
-  batch.B = int(p.B), batch.T = int(p.T), batch.K = int(p.K);
-  batch.x = {reinterpret_cast<const S*>(view.memory.data()), view.stride_b, view.stride_t};
-  batch.mask = mask.plane;
-  batch.transitions = parameters.transitions.data();
-  batch.start = parameters.start.data(), batch.end = parameters.end.data();
-  return batch;
-}
-
-template <class S, class R>
 Decoded<R> decode(const Problem& p, const View& view, const Parameters<R>& parameters,
                   const MaskMemory& mask) {
   Decoded<R> out(p);
-  Memory<R> checkpoints(device::viterbi_checkpoints(int(p.B), int(p.T), int(p.K)));
-  device::viterbi(device_batch<S>(p, view, parameters, mask), out.paths.data(), out.scores.data(),
-                  checkpoints.data(), cudaStream_t{});
+  device::Batch<S, R> batch = device_batch<S>(p, view, parameters);
+  batch.mask = mask.plane;
+  Memory<R> workspace(device::viterbi_workspace(batch));
+  device::viterbi(batch, out.paths.data(), out.scores.data(), workspace.data(), cudaStream_t{});
   return out;
 }
 
@@ -181,7 +170,9 @@ void test_windows() {
   if (quick) sizes = {{9, 300}, {50, 600}, {200, 210}};
   int turn = 0;
   for (const Size& size : sizes) {
-    CHECK(device::viterbi_checkpoints(1, int(size.T), int(size.K)) > 0);
+    device::Batch<float, float> batch{};
+    batch.B = 1, batch.T = int(size.T), batch.K = int(size.K);
+    CHECK(device::viterbi_workspace(batch) > 0);
     for (Mask mask : {Mask::none, Mask::right, Mask::holes}) {
       if (++turn % 3 != 0 && quick) continue;
       Problem p(size.K <= 32 ? 5 : 1, size.T, size.K, mask, unsigned(turn));

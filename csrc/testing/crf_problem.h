@@ -62,6 +62,12 @@ class Memory {
   T* data_ = nullptr;
 };
 
+template <class T>
+bool same_bits(const Memory<T>& a, const Memory<T>& b) {
+  return a.size() == b.size() &&
+         (a.size() == 0 || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
 enum class Mask { none, right, holes, holes_and_empty };
 
 struct Problem {

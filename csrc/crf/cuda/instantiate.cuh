@@ -3,15 +3,6 @@
 #include "nll.cuh"
 #include "viterbi.cuh"
 
-namespace fastseq::crf::cuda {
-
-template <class S, class R>
-int64_t viterbi_workspace(const Batch<S, R>& batch) {
-  return viterbi_checkpoints(batch.B, batch.T, batch.K);
-}
-
-}  // namespace fastseq::crf::cuda
-
 #define FASTSEQ_CRF_INSTANTIATE(S, R)                                                     \
   template int64_t nll_workspace(const Batch<S, R>&, bool);                               \
   template void nll(const Batch<S, R>&, R*, const Gradients<S, R>*, char*, cudaStream_t); \

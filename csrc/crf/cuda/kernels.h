@@ -28,7 +28,7 @@ void nll(const Batch<S, R>& batch, R* nll, const Gradients<S, R>* gradients, cha
 template <class S, class R>
 int64_t viterbi_workspace(const Batch<S, R>& batch);
 
-// paths (B,T), -100 where off, and scores (B,), both written whole. One launch.
+// paths (B,T), -100 where off, and scores (B,), both written whole; K <= kMaxTags. One launch.
 template <class S, class R>
 void viterbi(const Batch<S, R>& batch, int64_t* paths, R* scores, R* workspace, cudaStream_t stream);
 

@@ -12,7 +12,8 @@
 // sum over the shares (reduce.cuh) is the same in every run.
 //
 // Cost of a position that is on: 3 K^2 multiply-adds, 2 K^2 additions, K exps. It reads s*K bytes and writes
-// s*K (s: bytes of an emission), reads 8K/C of checkpoints; each owner writes 4 (K^2 + 2K).
+// s*K (s: bytes of an emission), reads 8K/C of checkpoints; each owner clears,
+// adds to and writes 4 (K^2 + 2K).
 #pragma once
 #include "sweep.cuh"
 

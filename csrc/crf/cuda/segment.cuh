@@ -11,7 +11,7 @@
 
 namespace fastseq::crf::cuda {
 
-// Calls f(l) for the bits of a word, the lowest first, or the highest first.
+// Calls f(l) for the bits of a word, the lowest first.
 template <class F>
 __device__ void ascending(unsigned bits, const F& f) {
   for (; bits; bits &= bits - 1) f(__ffs(int(bits)) - 1);

@@ -46,18 +46,19 @@ struct Team {
 
   // op over one value of each lane of a group, or of each thread of the team; every thread gets the result,
   // always combined in the same order. `scratch` has kGroups values and is free again at the next sync.
-  template <class V, class Op>
-  static __device__ V over_group(V v, const Op& op) {
-    for (int step = kGroup / 2; step > 0; step /= 2) v = op(v, __shfl_xor_sync(lanes(), v, step, kGroup));
-    return v;
-  }
-  // The same over several values, side by side: one does not wait for the shuffles of another.
+  // Of several values side by side, one does not wait for the shuffles of another.
   template <class V, int N, class Op>
   static __device__ void over_group(V (&v)[N], const Op& op) {
 #pragma unroll
     for (int step = kGroup / 2; step > 0; step /= 2)
 #pragma unroll
       for (int n = 0; n < N; ++n) v[n] = op(v[n], __shfl_xor_sync(lanes(), v[n], step, kGroup));
+  }
+  template <class V, class Op>
+  static __device__ V over_group(V v, const Op& op) {
+    V values[1] = {v};
+    over_group(values, op);
+    return values[0];
   }
   template <class Op>
   static __device__ double over_team(double v, double* scratch, const Op& op) {

@@ -24,6 +24,7 @@
 //
 // Only positions that are on cost a step; a window without any costs a look at the mask.
 #pragma once
+#include "kernels.h"
 #include "viterbi_recursion.cuh"
 
 namespace fastseq::crf::cuda {
@@ -133,14 +134,13 @@ auto with_regime(int K, const F& f) {
 
 }  // namespace decoding
 
-// Elements of R that viterbi needs for its checkpoints, whatever the types.
-inline int64_t viterbi_checkpoints(int B, int T, int K) {
-  return B * decoding::with_regime<double, double>(K, [&](auto regime) {
-           return decoding::checkpoint_size<typename decltype(regime)::type>(T, K);
+template <class S, class R>
+int64_t viterbi_workspace(const Batch<S, R>& batch) {
+  return batch.B * decoding::with_regime<S, R>(batch.K, [&](auto regime) {
+           return decoding::checkpoint_size<typename decltype(regime)::type>(batch.T, batch.K);
          });
 }
 
-// paths (B,T), -100 where off, and scores (B,), both written whole; K <= 1024. One launch.
 template <class S, class R>
 void viterbi(const Batch<S, R>& batch, int64_t* paths, R* scores, R* checkpoints, cudaStream_t stream) {
   if (batch.B == 0) return;

@@ -56,7 +56,7 @@ __all__ = ["entropy", "log_likelihood", "nbest", "nll", "nll_grad", "sample", "t
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA_TAGS = 1024  # csrc/crf/cuda/kernels.h
-TRITON_TAGS = 128  # triton.py
+TRITON_TAGS = 128  # the widest table that a program of triton.py can hold
 _PARAMETERS = "Tensor transitions, Tensor start, Tensor end"
 _MODEL = f"Tensor emissions, Tensor? mask, {_PARAMETERS}"
 _PATHS = f"Tensor emissions, Tensor? tags, Tensor? mask, {_PARAMETERS}"

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fastseq.ops.crf import triton_log_domain, triton_posterior, triton_scaled, triton_search
 
-__all__ = ["COMPILE", "MAX_TAGS", "nll", "nll_grad", "options", "viterbi"]
+__all__ = ["COMPILE", "nll", "nll_grad", "options", "viterbi"]
 
-MAX_TAGS = 128
 COMPILE: dict[str, Any] = {
     "enable_fp_fusion": True,  # said, as Triton 3.10 changes the default
     "maxnreg": 255,  # all there are, for 8 warps: or ptxas spills a little to fit more programs than we have
