@@ -24,7 +24,7 @@ import torch
 from fastseq.reasons import no_cuda
 from fastseq_benchmarks import machine, plot, report, results
 from fastseq_benchmarks.results import Report
-from fastseq_benchmarks.runner import Effort, run_case
+from fastseq_benchmarks.runner import Effort, Shape, Suite, run_case
 
 __all__ = ["main"]
 
@@ -157,22 +157,27 @@ def _select(family: ModuleType, options: argparse.Namespace) -> tuple[list[Any],
         raise UsageError(f"--device: got 'cuda', and {no_cuda()}")
     if options.threads < 1:
         raise UsageError(f"--threads: got {options.threads}, wanted at least 1")
-    shapes = [_shape(text, family.LETTERS) for text in options.shape or []]
-    if not shapes:
-        shapes = [*family.SHAPES, *(family.LARGE_BATCHES if options.device == "cuda" else [])]
-        shapes = shapes[: QUICK_SHAPES if options.quick else None]
     cases = [
         case
-        for name in family.SUITES
+        for name, suite in family.SUITES.items()
         if name in wanted
-        for case in family.SUITES[name](shapes, DTYPES[options.dtype], options.device)
+        for case in suite.cases(_shapes(suite, options), DTYPES[options.dtype], options.device)
     ]
     # A table has shapes of its own: a quick look, or one shape, does without unless it is asked for by name.
     skip = not options.suite and (options.quick or options.shape)
     return cases, [] if skip else [family.TABLES[name] for name in family.TABLES if name in wanted]
 
 
-def _shape(text: str, letters: str) -> tuple[int, ...]:
+def _shapes(suite: Suite, options: argparse.Namespace) -> list[Shape]:
+    """The shapes that the options ask for, or the suite's own."""
+    shapes = [_shape(text, suite.letters) for text in options.shape or []]
+    if not shapes:
+        shapes = [*suite.shapes, *(suite.large if options.device == "cuda" else [])]
+        shapes = shapes[: QUICK_SHAPES if options.quick else None]
+    return shapes
+
+
+def _shape(text: str, letters: str) -> Shape:
     parts = text.split(",")
     if len(parts) != len(letters.split(",")) or not all(part.strip().isdigit() and int(part) for part in parts):
         raise UsageError(f"--shape: got {text!r}, wanted {letters}, each at least 1, as in 32,64,9")

@@ -33,11 +33,9 @@ from fastseq.registry import OPS
 from fastseq_benchmarks import crf_truth
 from fastseq_benchmarks.crf_truth import Inputs, Paths
 from fastseq_benchmarks.results import Table
-from fastseq_benchmarks.runner import Case, Rival
+from fastseq_benchmarks.runner import Case, Rival, Shape, Suite
 
 __all__ = ["LARGE_BATCHES", "LETTERS", "SHAPES", "SUITES", "TABLES"]
-
-Shape = tuple[int, ...]
 
 LETTERS = "B,T,K"
 SHAPES: list[Shape] = [(32, 64, 9), (32, 128, 25), (64, 256, 64), (8, 1024, 128), (16, 128, 512)]
@@ -278,9 +276,12 @@ def accuracy(dtype: torch.dtype, device: str, T: int = 1024, tag_counts: Sequenc
     return table
 
 
-SUITES: dict[str, Callable[[Iterable[Shape], torch.dtype, str], list[Case]]] = {
-    "loss": loss_cases,
-    "viterbi": functools.partial(search_cases, "viterbi"),
-    "decode": functools.partial(search_cases, "decode"),
+SUITES = {
+    name: Suite(cases, LETTERS, SHAPES, LARGE_BATCHES)
+    for name, cases in {
+        "loss": loss_cases,
+        "viterbi": functools.partial(search_cases, "viterbi"),
+        "decode": functools.partial(search_cases, "decode"),
+    }.items()
 }
 TABLES: dict[str, Callable[[torch.dtype, str], Table]] = {"accuracy": accuracy}

@@ -18,7 +18,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,7 +30,7 @@ from fastseq_benchmarks.floor import copy_sampler, fma_sampler
 from fastseq_benchmarks.results import CaseResult, RivalResult
 from fastseq_benchmarks.stats import estimate, paired_ratio
 
-__all__ = ["CONTROL_TOLERANCE", "Case", "Effort", "Rival", "round_robin", "run_case"]
+__all__ = ["CONTROL_TOLERANCE", "Case", "Effort", "Rival", "Shape", "Suite", "round_robin", "run_case"]
 
 CONTROL_TOLERANCE = 0.10  # of the medians
 CONTROL_SPREAD = 0.25  # of the interval of their ratio
@@ -39,6 +39,7 @@ FLOOR = "floor"
 COPY = "copy"
 
 Call = Callable[[], Any]
+Shape = tuple[int, ...]
 Tracks = Mapping[str, Callable[[], float]]
 
 
@@ -96,6 +97,23 @@ class Case:
     goals: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Cases of one kind.
+
+    Attributes:
+        cases: `cases(shapes, dtype, device)` makes them.
+        letters: What the numbers of a shape are, as in "B,T,K".
+        shapes: Those that are run unless others are asked for.
+        large: More of them on a GPU.
+    """
+
+    cases: Callable[[Sequence[Shape], torch.dtype, str], list[Case]]
+    letters: str
+    shapes: Sequence[Shape]
+    large: Sequence[Shape] = ()
 
 
 @dataclasses.dataclass(frozen=True)
