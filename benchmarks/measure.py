@@ -51,8 +51,14 @@ def count_ops(call: Call) -> int:
     return counter.count
 
 
-def kept_bytes(call: Call) -> int:
-    """The bytes of all distinct storages that autograd saves for backward, the call's own inputs included."""
+def kept_bytes(call: Call, but: Iterable[torch.Tensor] = ()) -> int:
+    """The bytes of all distinct storages that autograd saves for backward, the call's own inputs included.
+
+    Args:
+        call: What is run.
+        but: Tensors whose storages do not count.
+    """
+    not_counted = {tensor.untyped_storage()._cdata for tensor in but}
     kept: dict[int, torch.UntypedStorage] = {}  # holding them, so that no address comes twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +68,7 @@ def kept_bytes(call: Call) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in not_counted)
 
 
 def peak_bytes(call: Call, device: str = "cpu") -> int | None:

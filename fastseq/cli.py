@@ -81,9 +81,11 @@ def bench(context: typer.Context) -> None:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Which system: tagger.")],
+    recipe: Annotated[str, typer.Argument(help="Which system: tagger or summarizer.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of changed settings.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file of changed settings, or the name of one that the recipe brings.")
+    ] = None,
 ) -> None:
     """Train, or go on with a run that was stopped: the same command again."""
     with _clear_errors():
@@ -99,9 +101,11 @@ def train(
 
 
 def compare(
-    recipe: Annotated[str, typer.Argument(help="Which system: tagger.")],
+    recipe: Annotated[str, typer.Argument(help="Which system: tagger or summarizer.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of changed settings.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file of changed settings, or the name of one that the recipe brings.")
+    ] = None,
     sentences: Annotated[int, typer.Option(help="Training examples that each version sees.")] = 12800,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them here (PNG or SVG).")] = None,
@@ -124,11 +128,11 @@ def compare(
 
 
 def predict(
-    recipe: Annotated[str, typer.Argument(help="Which system: tagger.")],
+    recipe: Annotated[str, typer.Argument(help="Which system: tagger or summarizer.")],
     checkpoint: Annotated[Path, typer.Argument(help="A run directory, or the best.pt in it.")],
-    json: Annotated[bool, typer.Option("--json", help="A JSON object a line, with the entities.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="A JSON object a line, with all that is known.")] = False,
 ) -> None:
-    """Read one text a line from the standard input, and write its tags as it comes."""
+    """Read one text a line from the standard input, and write its tags or summary as it comes."""
     with _clear_errors():
         from fastseq import recipes
 

@@ -1,4 +1,4 @@
-"""What the host needs around training: batches of like length, and what this CPU and build are. No torch.
+"""What the host needs around training: batches of like length, words as ids, what this CPU and build are. No torch.
 
 The compiled module `fastseq._host` does the work where it was built; the twins in this file give the same
 results, bit for bit, where it was not.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,15 @@ try:
 except ImportError:  # not built; fastseq.library knows why
     _host = None  # type: ignore[assignment]
 
-__all__ = ["bucket_batches", "build_record", "cpu_features", "padding_waste"]
+__all__ = [
+    "EncodedSources",
+    "EncodedTargets",
+    "ExtendedVocabulary",
+    "bucket_batches",
+    "build_record",
+    "cpu_features",
+    "padding_waste",
+]
 
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
@@ -85,6 +93,108 @@ def padding_waste(lengths: npt.ArrayLike, batches: Sequence[Int64s]) -> float:
     return 1 - sum(int(array[b].sum()) for b in batches) / padded if padded else 0.0
 
 
+class EncodedSources(NamedTuple):
+    """A batch of B sources, padded to the S tokens of the longest.
+
+    Attributes:
+        ids: (B,S) int64 in the vocabulary.
+        extended: (B,S) int64 in the extended vocabulary; -1 where there is no token.
+        lengths: (B,) int64.
+        oov: of each source, its words outside the vocabulary: word j has the extended id V + j.
+    """
+
+    ids: Int64s
+    extended: Int64s
+    lengths: Int64s
+    oov: list[list[str]]
+
+
+class EncodedTargets(NamedTuple):
+    """A batch of B targets, padded to the T tokens of the longest.
+
+    Attributes:
+        ids: (B,T) int64 in the vocabulary.
+        extended: (B,T) int64 in the extended vocabulary of the row's source; -100 where there is no token.
+        lengths: (B,) int64.
+    """
+
+    ids: Int64s
+    extended: Int64s
+    lengths: Int64s
+
+
+class ExtendedVocabulary:
+    """Words as ids for a model that copies: a source's words outside the vocabulary get ids of their own.
+
+    The vocabulary's V words have the ids 0 to V-1. In each source, words outside it are numbered in the order in
+    which they come first, and have the ids V, V+1, ... in that source and its target alone. Any number of threads
+    may encode at once: the compiled module releases the GIL for the look-ups.
+
+    Args:
+        words: the V words in the order of their ids; no word twice.
+        unk: id that stands for unknown words where only the vocabulary's ids will do.
+        padding: what ids hold where there is no token.
+
+    Raises:
+        TypeError: a word is not a string.
+        ValueError: a word is there twice or has a surrogate in it, or `unk` is not an id.
+    """
+
+    def __init__(self, words: Sequence[str], unk: int = 1, *, padding: int = 0) -> None:
+        _check_rows("words", [list(words)])
+        _check_integer("unk", unk, 0, max(0, len(words) - 1))
+        _check_integer("padding", padding, -(2**63), 2**63 - 1)
+        self.words, self.unk, self.padding = list(words), int(unk), int(padding)
+        self._ids: dict[str, int] = {}
+        for i, word in enumerate(self.words):
+            if self._ids.setdefault(word, i) != i:
+                raise ValueError(f"words: {word!r} is there twice, at {self._ids[word]} and {i}")
+        self._compiled = None if _host is None else _host.ExtendedVocabulary(self.words, self.unk)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled_vocabulary, (self.words, self.unk, self.padding)
+
+    def encode_sources(self, sources: Sequence[Sequence[str]]) -> EncodedSources:
+        """Encodes a batch of lists of tokens.
+
+        Raises:
+            TypeError: something is not a list of strings.
+            ValueError: a token has a surrogate in it: half a character, which no text file can hold.
+        """
+        encode = _encode_sources if self._compiled is None else type(self._compiled).encode_sources
+        return EncodedSources(*self._checked(encode, {"sources": sources}, -1))
+
+    def encode_targets(self, targets: Sequence[Sequence[str]], oov: Sequence[Sequence[str]]) -> EncodedTargets:
+        """Encodes a batch of lists of tokens against the `oov` of `encode_sources`.
+
+        A word neither in the vocabulary nor in its row of `oov` is `unk` in both ids.
+
+        Raises:
+            TypeError: something is not a list of strings.
+            ValueError: as above, or there are not as many lists in `oov` as in `targets`.
+        """
+        if len(targets) != len(oov):
+            raise ValueError(f"oov: got {len(oov)} lists, wanted one for each of the {len(targets)} targets")
+        encode = _encode_targets if self._compiled is None else type(self._compiled).encode_targets
+        return EncodedTargets(*self._checked(encode, {"targets": targets, "oov": oov}, -100))
+
+    def _checked(self, encode: Any, batches: dict[str, Any], absent: int) -> Any:
+        """Calls an encoder; looks for what is wrong, which takes a while, only where it fails."""
+        try:
+            return encode(self if self._compiled is None else self._compiled, *batches.values(), self.padding, absent)
+        except (TypeError, ValueError):
+            for name, rows in batches.items():
+                _check_rows(name, rows)
+            raise
+
+
+def _unpickled_vocabulary(words: list[str], unk: int, padding: int) -> ExtendedVocabulary:
+    return ExtendedVocabulary(words, unk, padding=padding)
+
+
 def cpu_features() -> dict[str, Any]:
     """This CPU: architecture, model, those of its features that matter here, and the best variant for it."""
     found = _cpu_features() if _host is None else _host.cpu_features()
@@ -114,6 +224,66 @@ def _check_integer(name: str, value: Any, low: int, high: int) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value}, wanted {low} to {high}")
+
+
+def _check_rows(name: str, rows: Any) -> None:
+    """Says where something is not a list of strings that UTF-8 can hold."""
+    if not isinstance(rows, list | tuple):
+        raise TypeError(f"{name}: got {type(rows).__name__}, wanted a list of lists of tokens")
+    for i, row in enumerate(rows):
+        if not isinstance(row, list | tuple):
+            raise TypeError(f"{name}[{i}]: got {type(row).__name__}, wanted a list of tokens")
+        for j, token in enumerate(row):
+            if not isinstance(token, str):
+                raise TypeError(f"{name}[{i}][{j}]: got {type(token).__name__}, wanted str")
+            if any("\ud800" <= character <= "\udfff" for character in token):
+                raise ValueError(f"{name}[{i}][{j}]: got {token!r}, wanted no surrogate in it (half a character)")
+
+
+# ---- the twins of csrc/host/extended_vocabulary.cpp ---------------------------------------------------------
+
+
+def _padded(rows: list[list[int]], padding: int) -> Int64s:
+    out = np.full((len(rows), max(map(len, rows), default=0)), padding, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def _raise_unless_utf8(row: Any) -> None:
+    if not isinstance(row, list | tuple):
+        raise TypeError
+    "".join(row).encode("utf-8")
+
+
+def _encode_sources(vocabulary: ExtendedVocabulary, sources: Any, padding: int, absent: int) -> tuple[Any, ...]:
+    known, size, unk = vocabulary._ids, len(vocabulary), vocabulary.unk
+    ids, extended, oov = [], [], []
+    for row in sources:
+        _raise_unless_utf8(row)
+        own: dict[str, int] = {}
+        extended.append(
+            [i if (i := known.get(word)) is not None else own.setdefault(word, size + len(own)) for word in row]
+        )
+        ids.append([i if i < size else unk for i in extended[-1]])
+        oov.append(list(own))
+    return _padded(ids, padding), _padded(extended, absent), np.array([*map(len, ids)], dtype=np.int64), oov
+
+
+def _encode_targets(
+    vocabulary: ExtendedVocabulary, targets: Any, oov: Any, padding: int, absent: int
+) -> tuple[Any, ...]:
+    known, size, unk = vocabulary._ids, len(vocabulary), vocabulary.unk
+    ids, extended = [], []
+    for row, words in zip(targets, oov, strict=True):
+        _raise_unless_utf8(row)
+        _raise_unless_utf8(words)
+        own: dict[str, int] = {}
+        for j, word in enumerate(words):
+            own.setdefault(word, size + j)  # of equal words, the first is found
+        ids.append([known.get(word, unk) for word in row])
+        extended.append([i if (i := known.get(word)) is not None else own.get(word, unk) for word in row])
+    return _padded(ids, padding), _padded(extended, absent), np.array([*map(len, ids)], dtype=np.int64)
 
 
 # ---- the twins of csrc/host/buckets.cpp, which has the same steps in the same order ------------------------

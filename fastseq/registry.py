@@ -77,6 +77,8 @@ class Op:
         eager: The fastest that plain torch can do, on any device; the last choice, and never refuses.
         fake: Shapes and dtypes of the outputs for given (fake) inputs.
         samples: `samples(device, dtype, seed) -> iterator of argument tuples`, for the contract tests.
+        half_products: Whether matrix products have the dtype of the first argument, also of a half type: results are
+            then only as good as that, whatever their own dtype.
     """
 
     def __init__(
@@ -87,9 +89,10 @@ class Op:
         eager: Callable[..., Any],
         fake: Callable[..., Any],
         samples: Callable[..., Iterator[tuple[Any, ...]]],
+        half_products: bool = False,
     ) -> None:
         self.schema, self.name = schema, schema.partition("(")[0]
-        self.samples = samples
+        self.samples, self.half_products = samples, half_products
         self.backends = [
             Backend("eager", eager, lambda *_: None),
             Backend("reference", reference, needs(device="cpu"), automatic=False, device="cpu"),
@@ -125,7 +128,11 @@ class Op:
         if missing is not None:
             self.lacks(device, missing)
             return
-        run = value_errors(getattr(getattr(torch.ops, f"{NAMESPACE}_{device}"), self.name).default)
+        compiled = getattr(getattr(torch.ops, f"{NAMESPACE}_{device}"), self.name, None)
+        if compiled is None:  # in a source tree, after an update
+            self.lacks(device, f"the compiled {device} library is older than this op: build it again")
+            return
+        run = value_errors(compiled.default)
         if device == "cuda":
             self.register(Backend(device, run, with_gpu(why_not), no_cuda, device=device))
         else:

@@ -59,7 +59,8 @@ def assert_matches_reference(
         device: Where the op runs; the reference runs on the CPU.
         dtype: Of the op's first floating-point tensor.
         seed: Of the sample inputs.
-        tolerance: Absolute and relative; by default that of each output's dtype in `TOLERANCES`.
+        tolerance: Absolute and relative; by default that of each output's dtype in `TOLERANCES`, or of the first
+            argument's where the op's matrix products have that.
 
     Raises:
         AssertionError: An output differs; the message has the sample's number and arguments in words.
@@ -75,7 +76,8 @@ def assert_matches_reference(
         got = chosen.run(*args)
         wanted = backend_of(op, "reference").run(*to_device(args, "cpu"))
         try:
-            compare(to_device(got, "cpu"), wanted, tolerance)
+            by_default = TOLERANCES[args[0].dtype] if op.half_products else None
+            compare(to_device(got, "cpu"), wanted, by_default if tolerance is None else tolerance)
             compare(list(args), before, 0.0)
         except AssertionError as error:
             where = f"{op.name} on {chosen.name}, sample {number} of seed {seed}: {describe(args)}"

@@ -12,6 +12,7 @@
 
 #include "crf/cuda/nll.cuh"
 #include "crf/cuda/viterbi.cuh"
+#include "pointer/cuda/decoder_launch.cuh"
 
 namespace {
 
@@ -42,6 +43,18 @@ void add_viterbi(int K) {
   });
 }
 
+// Positions fill what the vectors of a sequence leave of the shared memory that a block may have.
+void add_decoder() {
+  using namespace fastseq::pointer::cuda;
+  using namespace fastseq::pointer::cuda::decoding;
+  launches["decoder_kernel"] = {kThreads, int(kShared)};
+  launches["decoder_recompute_kernel"] = {kThreads, int(Recompute<double>::bytes(kLargest))};
+  launches["decoder_sweep_kernel"] = {kThreads, int(kShared)};
+  launches["decoder_positions_kernel<double>"] = {kTileThreads, Tile<double>::kBytes};
+  launches["decoder_positions_kernel<float>"] = {kTileThreads, Tile<float>::kBytes};
+  launches["decoder_reduce_kernel"] = {kOutputs * kSlices, kOutputs * kSlices * int(sizeof(double))};
+}
+
 }  // namespace
 
 int main() {
@@ -57,6 +70,7 @@ int main() {
     add_viterbi<fastseq::cuda::bf16, float>(K);
     add_viterbi<fastseq::cuda::f16, float>(K);
   }
+  add_decoder();
   for (const auto& [name, launch] : launches)
     std::printf("%s;%d;%d\n", name.c_str(), launch.threads, launch.shared);
 }

@@ -122,7 +122,7 @@ def cmake_list(name: str) -> list[str]:
 
 def short(name: str) -> str:
     """sweep_kernel<float, Registers<32, 1>> of a name with all its namespaces and arguments."""
-    for long, brief in ((r"fastseq::(crf::)?cuda::|decoding::|^void |\(.*", ""), ("unsigned char", "uint8")):
+    for long, brief in ((r"fastseq::(\w+::)?cuda::|decoding::|^void |\(.*", ""), ("unsigned char", "uint8")):
         name = re.sub(long, brief, name)
     return name.replace("unsigned short", "uint16").replace("> >", ">>").strip()
 

@@ -1,6 +1,9 @@
-// The test-only torch ops fastseq_emulator::crf_*: the CUDA kernels themselves, run on CPU tensors by the
+// The test-only torch ops fastseq_emulator::*: the CUDA kernels themselves, run on CPU tensors by the
 // emulator.
 #include "crf/cuda/instantiate.cuh"
 #include "crf/cuda/ops.h"
+#include "pointer/cuda/decoder_launch.cuh"
+#include "pointer/cuda/decoder_ops.h"
 
 FASTSEQ_CRF_OPS(fastseq_emulator, CPU)
+FASTSEQ_DECODER_OPS(fastseq_emulator, CPU)

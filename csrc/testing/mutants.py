@@ -2,7 +2,7 @@
 
     python csrc/testing/mutants.py [--list] [--only NAME ...] [--jobs 2] [--build FOLDER]
 
-The bugs are in planted.py. Each goes into a copy of csrc, whose test is compiled for the emulator (cuda_emulator.h) and
+The bugs are in planted*.py, a file a family of kernels. Each goes into a copy of csrc, whose test is compiled for the emulator (cuda_emulator.h) and
 run with the argument "quick". The script fails if a bug is not seen: then the tests have a hole; if the code that a bug
 belongs in is not there, exactly once; or if a test fails without any bug.
 
@@ -29,10 +29,12 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import NamedTuple
 
-from planted import MUTANTS, Mutant
+import planted
+import planted_decoder
+from planted import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = Path("csrc/crf/cuda")
+MUTANTS = [*planted.MUTANTS, *planted_decoder.MUTANTS]
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++20", "-DFASTSEQ_EMULATE", "-DFASTSEQ_TEST_FLOAT_ALONE", "-Wno-unknown-pragmas"]
 # Compiling takes longer than running up to the first failure, but for the sanitizers.
@@ -79,7 +81,7 @@ def pattern(old: str) -> re.Pattern[str]:
 
 def plant(mutant: Mutant, csrc: Path) -> None:
     """Puts the bug into a copy of csrc."""
-    path = csrc.parent / KERNELS / mutant.file
+    path = csrc / mutant.folder / mutant.file
     text = path.read_text()
     found = list(pattern(mutant.old).finditer(text))
     if len(found) != 1:
@@ -189,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.only or []) - {m.name for m in chosen}:
         parser.error(f"no such bug: {', '.join(sorted(unknown))}")
     if options.list:
-        print("\n".join(f"{m.name:20} {m.build:8} {m.file:22} {m.what}" for m in chosen))
+        print("\n".join(f"{m.name:20} {m.build:8} {m.file:24} {m.what}" for m in chosen))
         return 0
     try:
         return try_all(chosen, kernels(options.build), options.jobs)

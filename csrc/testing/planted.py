@@ -1,4 +1,4 @@
-"""The bugs that mutants.py plants, by the kernels' file, and what each would do on a GPU.
+"""The bugs that mutants.py plants in the CRF's kernels, by their file, and what each would do on a GPU.
 
 `old` is source text that is there exactly once; between words and signs any whitespace will do, so that a formatter
 does not matter. `build` is the build that sees the bug first: "plain" by wrong numbers, by the emulator's errors, by
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """A bug: in `file`, `old` becomes `new`; `test` must then fail."""
+    """A bug: in `file` of a folder of csrc, `old` becomes `new`; `test` must then fail."""
 
     name: str
     what: str
@@ -20,6 +20,7 @@ class Mutant(NamedTuple):
     new: str
     test: str = "crf_cuda_test"
     build: str = "plain"
+    folder: str = "crf/cuda"
 
 
 VITERBI = "crf_cuda_viterbi_test"

@@ -10,8 +10,10 @@ from fastseq.functional.crf import (
     crf_token_log_likelihood,
     crf_viterbi,
 )
+from fastseq.functional.pointer import copynet_nll, pointer_generator_nll
 
 __all__ = [
+    "copynet_nll",
     "crf_entropy",
     "crf_log_likelihood",
     "crf_log_partition",
@@ -20,4 +22,5 @@ __all__ = [
     "crf_sample",
     "crf_token_log_likelihood",
     "crf_viterbi",
+    "pointer_generator_nll",
 ]

@@ -95,6 +95,7 @@ def expect(
     shape: tuple[int, ...],
     emissions: Tensor,
     dtypes: tuple[torch.dtype, ...] = tuple(WORKING),
+    lead: str = "emissions",
 ) -> None:
     """Raise the error that says what is wrong with the argument `name`, if anything is.
 
@@ -105,6 +106,7 @@ def expect(
         shape: The wanted shape.
         emissions: (B,T,K) whose device is wanted.
         dtypes: The wanted dtypes.
+        lead: What the caller calls `emissions`.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, wanted a tensor")
@@ -113,7 +115,7 @@ def expect(
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: got {_short(x.dtype)}, wanted {' or '.join(map(_short, dtypes))}")
     if x.device != emissions.device:
-        raise ValueError(f"{name}: got a tensor on {x.device}, wanted {emissions.device}, where emissions is")
+        raise ValueError(f"{name}: got a tensor on {x.device}, wanted {emissions.device}, where {lead} is")
 
 
 def _complain(emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, mask: Tensor | None) -> None:

@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastseq.models.bilstm import BiLSTM, mask_of
+
 PAD = 0
 """The id of padding in every id column, and the only id whose embedding stays zero."""
 
@@ -40,46 +42,6 @@ class SoftmaxDecoder(nn.Module):
         """The best tag of each position: (B,T) with -100 where masked, and the summed scores (B,)."""
         scores, tags = emissions.float().log_softmax(-1).max(-1)
         return tags.masked_fill(~mask, IGNORE), (scores * mask).sum(1)
-
-
-class BiLSTM(nn.Module):
-    """A bidirectional LSTM whose result does not depend on padding, with dense kernels only.
-
-    A padded row must be read backwards from its own end. Packed sequences do that, at half the speed on a
-    CPU. Here each direction is an LSTM of its own in one dense kernel (oneDNN, cuDNN), and the backward one
-    sees each row reversed within its length. That is exact, and batches of like lengths waste little.
-
-    Args:
-        input_size: features of a token.
-        hidden_size: H, of one direction.
-        num_layers: layers, each reading both directions of the one below.
-        dropout: between layers.
-    """
-
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0) -> None:
-        super().__init__()
-        sizes = [input_size] + [2 * hidden_size] * (num_layers - 1)
-        self.ahead = nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for size in sizes)
-        self.back = nn.ModuleList(nn.LSTM(size, hidden_size, batch_first=True) for size in sizes)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """The hidden states.
-
-        Args:
-            x: (B,T,E) embedded tokens, right-padded.
-            lengths: (B,) int64 real tokens of each row.
-
-        Returns:
-            (B,T,2H); what stands beyond a row's length is unspecified.
-        """
-        steps = torch.arange(x.shape[1], device=x.device)
-        mirror = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)[:, :, None]
-        for layer, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
-            x = self.dropout(x) if layer else x
-            reverse = back(x.gather(1, mirror.expand_as(x)))[0]
-            x = torch.cat([ahead(x)[0], reverse.gather(1, mirror.expand_as(reverse))], -1)
-        return x
 
 
 class Tagger(nn.Module):
@@ -186,11 +148,6 @@ class Tagger(nn.Module):
         emissions = self.emissions(tokens, lengths)
         tags: Tensor = self.decoder.viterbi(emissions, mask_of(lengths, tokens.shape[1]))[0]
         return tags
-
-
-def mask_of(lengths: Tensor, steps: int) -> Tensor:
-    """(B,T) bool, on at the first `lengths` (B,) positions of each row."""
-    return torch.arange(steps, device=lengths.device) < lengths[:, None]
 
 
 def _crf(num_tags: int) -> nn.Module:

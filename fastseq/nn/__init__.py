@@ -2,5 +2,6 @@
 
 from fastseq.nn.constraints import tag_constraints
 from fastseq.nn.crf import CRF
+from fastseq.nn.pointer import DecoderOutput, PointerGeneratorDecoder
 
-__all__ = ["CRF", "tag_constraints"]
+__all__ = ["CRF", "DecoderOutput", "PointerGeneratorDecoder", "tag_constraints"]

@@ -1,5 +1,5 @@
 """The operators: tensors in, tensors out. One folder a family; each `__init__` is a contract and its mathematics."""
 
-from fastseq.ops import crf
+from fastseq.ops import crf, pointer
 
-__all__ = ["crf"]
+__all__ = ["crf", "pointer"]

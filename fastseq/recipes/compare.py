@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,28 +68,30 @@ class Variant:
 
     def batches(self, task: Task, indices: Sequence[int], seed: int) -> Iterator[Batch]:
         """The examples at `indices`, in this variant's order and batches."""
-        import numpy as np
-
         lengths = np.array([task.length(task.train[i]) for i in indices], dtype=np.int64)
         plan = EpochBatches(lengths, self.train.batch_size, seed, self.train.buckets)
         for batch in plan.plan(0):
             yield task.collate([task.train[indices[i]] for i in batch])
 
-    def forward_backward(self, batch: Batch) -> None:
-        """The loss of a batch and its gradients."""
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch."""
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.model(**batch)
-        loss.backward()
+            loss: Tensor = self.model(**batch)
+        return loss
 
-    def step(self, batch: Batch) -> None:
-        """One update."""
-        self.forward_backward(batch)
+    def update(self) -> None:
+        """Moves the weights along the gradients, and clears these."""
         if self.train.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, batch: Batch) -> None:
+        """One step of training."""
+        self.loss(batch).backward()
+        self.update()
 
     def timed_steps(self, batches: Sequence[Batch]) -> None:
         """Trains on the batches and adds to the figures."""
@@ -191,10 +195,61 @@ def cost(variant: Variant, batches: Sequence[Batch]) -> dict[str, float]:
     ops = peak = 0
     for batch in batches:
         with _Watch() as watch:
-            variant.forward_backward(batch)
+            variant.loss(batch).backward()
         variant.optimizer.zero_grad(set_to_none=True)
         ops, peak = ops + watch.ops, max(peak, watch.peak)
     return {"ops": round(ops / len(batches)), "peak_bytes": peak}
+
+
+def levers(
+    variants: Sequence[Variant], before: Sequence[int], task: Task, sample: Sequence[int]
+) -> list[dict[str, Any]]:
+    """What variants that have taken turns came to.
+
+    Args:
+        variants: the first is what the others are compared with.
+        before: of each, the variant that it adds a lever to.
+        task: with the examples.
+        sample: indices of the training examples that operator calls are counted on.
+    """
+    return [
+        {
+            "name": variant.name,
+            "examples_per_s": variant.rate,
+            "step_ms": variant.step_ms,
+            "speedup": variant.rate / variants[0].rate,
+            "gain": variant.rate / variants[i].rate,
+            **cost(variant, list(variant.batches(task, sample, 0))),
+        }
+        for variant, i in zip(variants, before, strict=True)
+    ]
+
+
+def levers_table(title: str, rows: Sequence[dict[str, Any]], rate: str) -> Table:
+    """What `levers` returns, as a table; `rate` heads the examples a second."""
+    table = Table(title=title)
+    table.add_column("one lever at a time", no_wrap=True)
+    for name in (rate, "ms", "gain", "in all", "ops", "peak MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        speed = row["examples_per_s"]
+        table.add_row(
+            row["name"],
+            f"{speed:.0f}" if speed >= 10 else f"{speed:.2f}",
+            f"{row['step_ms']:.1f}",
+            f"{row['gain']:.2f}x" if i else "",
+            f"{row['speedup']:.2f}x",
+            f"{row['ops']}",
+            f"{row['peak_bytes'] / 1e6:.0f}",
+        )
+    return table
+
+
+def training_order(count: int, examples: int, seed: int) -> list[int]:
+    """The first `count` indices of a training run over so many examples, epoch after epoch."""
+    generator = np.random.default_rng(seed)
+    order = np.concatenate([generator.permutation(examples) for _ in range(-(-count // examples))])
+    return cast(list[int], order[:count].tolist())
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
@@ -210,7 +265,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     bars = axes.barh([lever["name"] for lever in levers], rates, color="tab:blue")
     axes.bar_label(bars, [f"{lever['speedup']:.2f}x" for lever in levers], padding=4)
     axes.invert_yaxis()
-    axes.set(xlabel="training sentences a second", xlim=(0, 1.15 * max(rates)), title=figures["title"])
+    axes.set(xlabel="training examples a second", xlim=(0, 1.15 * max(rates)), title=figures["title"])
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

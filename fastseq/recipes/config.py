@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from fastseq.recipes.errors import ConfigError
 
@@ -42,6 +42,8 @@ class TrainConfig(Section):
     fused: bool = True
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     eval_every: PositiveInt | None = None
+    eval_batch_size: PositiveInt = 128
+    max_eval_batches: PositiveInt | None = None
     save_every: PositiveInt | None = 500
     patience: PositiveInt | None = None
     workers: NonNegativeInt | None = None
@@ -56,10 +58,22 @@ class RecipeConfig(Section):
 
     run_dir: Path
     seed: NonNegativeInt = 0
+    run_name: Annotated[str, Field(min_length=1)] | None = None
     train: TrainConfig = TrainConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A run's name takes the place of the last part of its directory: ``run_name=a`` is ``run_dir=runs/a``."""
+        name, folder = values.get("run_name"), values.get("run_dir")
+        if not isinstance(name, str) or folder is None:
+            return values
+        if Path(name).name != name:
+            raise ValueError(f"run_name: a name without slashes is wanted, got {name!r}")
+        return {**values, "run_dir": Path(folder).with_name(name)}
 
-NOT_THE_RESULT: dict[str, Any] = {"run_dir": True, "train": {"tensorboard", "progress"}}
+
+NOT_THE_RESULT: dict[str, Any] = {"run_dir": True, "run_name": True, "train": {"tensorboard", "progress"}}
 """What may differ between a run and its resumption: nothing that reaches the weights."""
 
 ConfigT = TypeVar("ConfigT", bound=RecipeConfig)
@@ -162,7 +176,7 @@ def _explain(error: ValidationError, config_class: type[BaseModel]) -> str:
             known = ", ".join(_siblings(config_class, item["loc"]))
             lines.append(f"{key}: no such key; the keys here are {known}")
         else:
-            lines.append(f"{key}: {item['msg'].lower()}, got {item['input']!r}")
+            lines.append(f"{key}: {item['msg'].lower()}, got {item['input']!r}" if key else item["msg"])
     return "\n".join(lines)
 
 

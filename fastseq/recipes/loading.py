@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,6 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastseq.recipes.config import TrainConfig
 from fastseq.recipes.task import Batch, Task
-
-EVALUATION_BATCH = 128
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -78,9 +76,18 @@ def training_loader(task: Task, batches: EpochBatches, config: TrainConfig, gpu:
     )
 
 
-def evaluation_batches(task: Task, examples: Any, device: torch.device) -> Iterator[Batch]:
+def evaluation_sample(examples: Sequence[Any], config: TrainConfig, seed: int) -> Sequence[Any]:
+    """What fits into `max_eval_batches`: the same random examples each time, or all of them."""
+    count = (config.max_eval_batches or len(examples)) * config.eval_batch_size
+    if count >= len(examples):
+        return examples
+    return [examples[i] for i in np.sort(np.random.default_rng(seed).permutation(len(examples))[:count])]
+
+
+def evaluation_batches(task: Task, examples: Any, device: torch.device, size: int = 128) -> Iterator[Batch]:
     """Batches of like length over all the examples, on the device."""
     order = sorted(range(len(examples)), key=lambda i: task.length(examples[i]))
-    for start in range(0, len(order), EVALUATION_BATCH):
-        batch = task.collate([examples[i] for i in order[start : start + EVALUATION_BATCH]])
+    collate = task.collate_evaluation or task.collate
+    for start in range(0, len(order), size):
+        batch = collate([examples[i] for i in order[start : start + size]])
         yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}

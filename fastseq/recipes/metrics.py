@@ -1,4 +1,4 @@
-"""Metrics of tag sequences, in per cent."""
+"""Metrics of tag sequences and of summaries, in per cent."""
 
 from __future__ import annotations
 
@@ -34,3 +34,13 @@ def to_bio(rows: Tags) -> list[list[str]]:
     """BIOES, BILOU and BMES tags as BIO; BIO and IOB1 tags as they are."""
     prefixes = {"S": "B", "U": "B", "E": "I", "L": "I", "M": "I"}
     return [[prefixes.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in rows]
+
+
+def rouge(references: Sequence[str], outputs: Sequence[str]) -> dict[str, float]:
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, by rouge-score: words in lower case, their endings cut off."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(reference, output) for reference, output in zip(references, outputs, strict=True)]
+    return {kind: 100 * sum(score[kind].fmeasure for score in scores) / max(1, len(scores)) for kind in kinds}

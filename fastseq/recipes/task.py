@@ -11,6 +11,9 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 """Tensors by the names of the model's forward arguments."""
 
+Evaluation = Callable[[nn.Module, Iterable[Batch]], dict[str, float]]
+"""Named metrics of a model on batches."""
+
 
 @dataclass
 class Task:
@@ -27,6 +30,8 @@ class Task:
         evaluate: named metrics of a model on batches; the model is in evaluation mode and under autocast.
         score: the metric of `evaluate` that training maximises.
         artefacts: plain values that prediction needs besides the weights, such as the vocabulary.
+        collate_evaluation: the same for evaluation, where a batch holds more than the model takes; None where not.
+        evaluate_test: the same for the test examples, where that is another; None where it is not.
     """
 
     name: str
@@ -36,6 +41,8 @@ class Task:
     test: Sequence[Any]
     collate: Callable[[list[Any]], Batch]
     length: Callable[[Any], int]
-    evaluate: Callable[[nn.Module, Iterable[Batch]], dict[str, float]]
+    evaluate: Evaluation
     score: str
     artefacts: dict[str, Any] = field(default_factory=dict)
+    collate_evaluation: Callable[[list[Any]], Batch] | None = None
+    evaluate_test: Evaluation | None = None

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from fastseq.recipes import checkpoint
 from fastseq.recipes.config import NOT_THE_RESULT, ConfigT, RecipeConfig, TrainConfig, differences
 from fastseq.recipes.errors import ConfigError
-from fastseq.recipes.loading import evaluation_batches, training_batches, training_loader
+from fastseq.recipes.loading import evaluation_batches, evaluation_sample, training_batches, training_loader
 from fastseq.recipes.report import Reporter
-from fastseq.recipes.task import Batch, Task
+from fastseq.recipes.task import Batch, Evaluation, Task
 
 
 @dataclass
@@ -131,6 +131,7 @@ class Trainer:
         self.task, self.config, self.accelerator = task, config, accelerator
         self.position = Position()
         self.batches = training_batches(task, config.train, config.seed)
+        self.dev = evaluation_sample(task.dev, config.train, config.seed)
         gpu = accelerator.device.type == "cuda"
         loader = training_loader(task, self.batches, config.train, gpu)
         optimizer = make_optimizer(task.model, config.train)
@@ -193,16 +194,17 @@ class Trainer:
         step, save_every = self.position.step, self.config.train.save_every
         evaluates = step % self.eval_every == 0 or step == self.total
         if evaluates:
-            self._keep_if_best(self.evaluate(self.task.dev))
+            self._keep_if_best(self.evaluate(self.dev, self.task.evaluate))
         if evaluates or (save_every and step % save_every == 0):
             self._save_last()
 
-    def evaluate(self, examples: Any) -> dict[str, float]:
-        """The task's metrics of the present weights."""
+    def evaluate(self, examples: Any, metrics_of: Evaluation) -> dict[str, float]:
+        """The metrics of the present weights."""
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         with torch.inference_mode(), self.accelerator.autocast():
-            metrics = self.task.evaluate(model, evaluation_batches(self.task, examples, self.accelerator.device))
+            size, device = self.config.train.eval_batch_size, self.accelerator.device
+            metrics = metrics_of(model, evaluation_batches(self.task, examples, device, size))
         model.train()
         return metrics
 
@@ -246,7 +248,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         best = checkpoint.load(folder / "best.pt")
         self.accelerator.unwrap_model(self.model).load_state_dict(best["model"])
-        metrics = self.evaluate(self.task.test)
+        metrics = self.evaluate(self.task.test, self.task.evaluate_test or self.task.evaluate)
         if self.accelerator.is_main_process:
             checkpoint.save_json(folder / "test.json", {**metrics, "best_step": best["step"]})
         return metrics

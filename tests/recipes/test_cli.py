@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from fastseq import cli
 from fastseq.recipes import get
+from fastseq.recipes.arrival import as_they_arrive
 from fastseq.recipes.config import ConfigError, load
-from fastseq.recipes.tagger.predict import _as_they_arrive
 
 PACKAGE = "fastseq.recipes.tagger"
 
@@ -79,7 +79,7 @@ def test_a_line_from_a_pipe_is_not_kept_waiting() -> None:
             asked.append(i)
             yield str(i)
 
-    batches = list(_as_they_arrive(lines()))
+    batches = list(as_they_arrive(lines()))
     assert [line for batch in batches for line in batch] == ["0", "1", "2"]
 
     def broken() -> Iterator[str]:
@@ -87,7 +87,7 @@ def test_a_line_from_a_pipe_is_not_kept_waiting() -> None:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        list(_as_they_arrive(broken()))
+        list(as_they_arrive(broken()))
 
 
 @pytest.mark.parametrize(

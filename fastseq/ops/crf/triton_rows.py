@@ -1,9 +1,8 @@
 # mypy: ignore-errors
 # ruff: noqa: RET505 (in a kernel, an `if` on a constant and one on a tensor are different things)
-"""What the Triton kernels share: types, which positions of a row are on, and the score of its tags.
+"""What the Triton kernels share: which positions of a row are on, and the score of its tags.
 
-`n` counts the positions of a row that are on, 0 to L-1; `t` is where they lie. bfloat16 comes in as int16: to shift
-bits is right on every GPU and in Triton's interpreter, whose own conversions are not.
+`n` counts the positions of a row that are on, 0 to L-1; `t` is where they lie.
 """
 
 from __future__ import annotations
@@ -11,30 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastseq.ops.triton_types import as_float, from_float
+
+__all__ = ["INF", "OFF", "as_float", "from_float", "gold_score", "index_row", "load_row", "row_weight"]
+
 INF = tl.constexpr(float("inf"))
 OFF = tl.constexpr(-100)
-
-
-@triton.jit
-def as_float(values):
-    """Any type of emissions as float32, bfloat16 being int16; float64 as it is."""
-    if values.dtype == tl.int16:
-        return (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif values.dtype == tl.float64:
-        return values
-    else:
-        return values.to(tl.float32)
-
-
-@triton.jit
-def from_float(values, dtype: tl.constexpr):
-    """Floats as the type of the gradient, to nearest and ties to even."""
-    if dtype == tl.int16:
-        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(values == values, rounded, 0x7FC0).to(tl.int16)
-    else:
-        return values.to(dtype)
 
 
 @triton.jit

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fastseq.models.tagger import SoftmaxDecoder, Tagger, mask_of
-from fastseq.recipes.compare import Variant, cost, paired_share, seconds, take_turns
+from fastseq.models.bilstm import mask_of
+from fastseq.models.tagger import SoftmaxDecoder, Tagger
+from fastseq.recipes.compare import Variant, levers, levers_table, paired_share, seconds, take_turns, training_order
 from fastseq.recipes.config import TrainConfig
 from fastseq.recipes.loading import evaluation_batches
 from fastseq.recipes.tagger.plain import PlainTagger
@@ -89,22 +89,7 @@ class Comparison:
         pool = min(POOL, len(self.task.train))
         order = self._order(pool // 5 + ROUNDS * pool)
         take_turns(variants, self.task, order, pool, warm=pool // 5)
-        sample = order[: 8 * self.config.train.batch_size]
-        rows = []
-        for i, variant in enumerate(variants):
-            batches = list(variant.batches(self.task, sample, 0))
-            before = variants[0 if i < 3 else i - 1]
-            rows.append(
-                {
-                    "name": variant.name,
-                    "examples_per_s": variant.rate,
-                    "step_ms": variant.step_ms,
-                    "speedup": variant.rate / variants[0].rate,
-                    "gain": variant.rate / before.rate,
-                    **cost(variant, batches),
-                }
-            )
-        return rows
+        return levers(variants, (0, 0, 0, 2, 3, 4), self.task, order[: 8 * self.config.train.batch_size])
 
     def crf_share(self, bf16: bool, fused: bool) -> dict[str, dict[str, float]]:
         """The CRF's share of a step, plain and fast, measured in two ways.
@@ -156,10 +141,7 @@ class Comparison:
 
     def _order(self, count: int) -> list[int]:
         """The training examples of a run, epoch after epoch."""
-        generator = np.random.default_rng(self.config.seed)
-        epochs = -(-count // len(self.task.train))
-        order = np.concatenate([generator.permutation(len(self.task.train)) for _ in range(epochs)])
-        return cast(list[int], order[:count].tolist())
+        return training_order(count, len(self.task.train), self.config.seed)
 
 
 def _crf_seconds(variant: Variant, batch: Batch) -> float:
@@ -188,17 +170,17 @@ def compare(config: Config, sentences: int) -> dict[str, Any]:
     console.print("reading the data ...")
     run = Comparison(config, build(config), sentences)
     console.print("timing each lever, in turns on the same sentences ...")
-    levers = run.levers()
+    rows = run.levers()
     # The fastseq version keeps the levers that paid on this machine.
-    bf16, fused = levers[4]["gain"] > 1 and run.bf16, levers[5]["gain"] > 1
+    bf16, fused = rows[4]["gain"] > 1 and run.bf16, rows[5]["gain"] > 1
     console.print("timing a step with the CRF and without ...")
     share = run.crf_share(bf16, fused)
     console.print(f"training both versions on {run.sentences} sentences ...")
     quality = run.quality(bf16, fused)
     figures = {
         "title": f"fastseq compare tagger: {config.data.name}, {run.device}",
-        "levers": levers,
-        "control_disagreement": abs(levers[1]["examples_per_s"] / levers[0]["examples_per_s"] - 1),
+        "levers": rows,
+        "control_disagreement": abs(rows[1]["examples_per_s"] / rows[0]["examples_per_s"] - 1),
         "crf_share_of_step": share,
         "quality": quality,
         "kept": {"bf16": bf16, "fused_optimizer": fused},
@@ -212,7 +194,7 @@ def compare(config: Config, sentences: int) -> dict[str, Any]:
 
 def show(figures: dict[str, Any], console: Console) -> None:
     """Prints the figures as tables."""
-    console.print(_levers_table(figures["title"], figures["levers"]))
+    console.print(levers_table(figures["title"], figures["levers"], "sent/s"))
     console.print(
         "Per step. Plain is pytorch-crf, random batches padded to the longest, fp32 and torch's Adam; levers add up."
     )
@@ -234,24 +216,6 @@ def show(figures: dict[str, Any], console: Console) -> None:
         f"{fast['examples_per_s'] / plain['examples_per_s']:.1f}x the sentences a second. "
         f"All of this took {figures['seconds']:.0f} s."
     )
-
-
-def _levers_table(title: str, levers: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title)
-    table.add_column("one lever at a time", no_wrap=True)
-    for name in ("sent/s", "ms", "gain", "in all", "ops", "peak MB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for i, lever in enumerate(levers):
-        table.add_row(
-            lever["name"],
-            f"{lever['examples_per_s']:.0f}",
-            f"{lever['step_ms']:.1f}",
-            f"{lever['gain']:.2f}x" if i else "",
-            f"{lever['speedup']:.2f}x",
-            f"{lever['ops']}",
-            f"{lever['peak_bytes'] / 1e6:.0f}",
-        )
-    return table
 
 
 def _quality_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastseq.models.tagger import Tagger, mask_of
+from fastseq.models.bilstm import mask_of
+from fastseq.models.tagger import Tagger
 
 
 class PlainTagger(nn.Module):
@@ -25,16 +26,7 @@ class PlainTagger(nn.Module):
         super().__init__()
         self.embeddings = copy.deepcopy(like.embeddings)
         self.dropout = nn.Dropout(like.dropout.p)
-        ahead = cast(nn.LSTM, like.lstm.ahead[0])
-        layers = len(like.lstm.ahead)
-        between = like.dropout.p if layers > 1 else 0.0
-        self.lstm = nn.LSTM(
-            ahead.input_size, ahead.hidden_size, layers, batch_first=True, bidirectional=True, dropout=between
-        )
-        for layer, directions in enumerate(zip(like.lstm.ahead, like.lstm.back, strict=True)):
-            for suffix, direction in zip(("", "_reverse"), directions, strict=True):
-                for name, value in direction.state_dict().items():
-                    self.lstm.state_dict()[name.replace("_l0", f"_l{layer}{suffix}")].copy_(value)
+        self.lstm = like.lstm.as_pytorch()
         self.output = copy.deepcopy(like.output)
         self.decoder = decoder
 

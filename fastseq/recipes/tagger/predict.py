@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
 
 import torch
 
 from fastseq.recipes import checkpoint, metrics
+from fastseq.recipes.arrival import as_they_arrive
 from fastseq.recipes.errors import CheckpointError
 from fastseq.recipes.tagger.data import Encoder, collate
 from fastseq.recipes.tagger.recipe import Config, make_model
-
-BATCH = 64
 
 
 class Predictor:
@@ -70,7 +67,7 @@ def predict(path: Path, lines: Iterable[str], as_json: bool = False) -> Iterator
         For each sentence, in order, its output.
     """
     predictor = Predictor(path)
-    for texts in _as_they_arrive(lines):
+    for texts in as_they_arrive(lines):
         sentences = [predictor.tokens(text) for text in texts]
         for tokens, tags in zip(sentences, predictor.tags(sentences), strict=True):
             yield (_json(tokens, tags, "" if predictor.by_character else " ") if as_json else _conll(tokens, tags))
@@ -86,33 +83,3 @@ def _json(tokens: Sequence[str], tags: Sequence[str], joint: str) -> str:
         for kind, start, end in metrics.spans(metrics.to_bio([tags])[0])
     ]
     return json.dumps({"tokens": tokens, "tags": tags, "entities": entities}, ensure_ascii=False)
-
-
-def _as_they_arrive(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Batches of the lines that are there: a file's are full, and a line from a pipe need not wait."""
-    queue: SimpleQueue[str | BaseException | None] = SimpleQueue()
-
-    def read() -> None:
-        try:
-            for line in lines:
-                queue.put(line)
-            queue.put(None)
-        except BaseException as error:  # raised again in the consumer
-            queue.put(error)
-
-    Thread(target=read, daemon=True).start()
-    while True:
-        batch = [queue.get()]
-        while batch[-1] is not None and len(batch) < BATCH:
-            try:
-                batch.append(queue.get_nowait())
-            except Empty:
-                break
-        for item in batch:
-            if isinstance(item, BaseException):
-                raise item
-        texts = [item for item in batch if isinstance(item, str)]
-        if texts:
-            yield texts
-        if batch[-1] is None:
-            return

@@ -1,4 +1,4 @@
-"""The Triton kernels of the CRF in Triton's interpreter, on CPU tensors; test_crf_triton runs this file as a child.
+"""The Triton kernels of the CRF in Triton's interpreter, on CPU tensors; test_triton runs this file as a child.
 
 The interpreter is switched on for a whole process, before triton is imported, and takes 10 us an operation: so samples
 are small, and a part of them. FASTSEQ_ALL_SAMPLES=1 takes all.

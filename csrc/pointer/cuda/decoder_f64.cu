@@ -1,0 +1,5 @@
+#include "decoder_launch.cuh"
+
+namespace fastseq::pointer::cuda {
+FASTSEQ_DECODER_INSTANTIATE(double)
+}
