@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastseq.registry import NAMESPACE, OPS
+from fastseq.registry import IMPLEMENTATIONS, NAMESPACE
 
 __all__ = ["count_ops", "device_work", "kept_bytes", "peak_bytes"]
 
@@ -38,7 +38,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == NAMESPACE:
             with self:
-                return OPS[func._opname].run(*args, **(kwargs or {}))
+                return IMPLEMENTATIONS[func._opname](*args, **(kwargs or {}))
         self.count += func is not torch.ops.aten.detach.default
         return func(*args, **(kwargs or {}))
 

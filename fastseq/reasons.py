@@ -26,7 +26,7 @@ def needs(
     capability: tuple[int, int] | None = None,
     limits: Callable[..., str | None] | None = None,
 ) -> WhyNot:
-    """Build the usual `why_not`: on the op's first argument, a tensor, plus `limits`.
+    """Build the usual `why_not`: on the op's first tensor, plus `limits`.
 
     Args:
         device: The type of its device.
@@ -36,7 +36,7 @@ def needs(
     """
 
     def why_not(*args: Any) -> str | None:
-        lead = args[0]
+        lead = _lead(args)
         if device is not None and lead.device.type != device:
             return f"needs a {device} tensor, got one on {lead.device}"
         if dtype is not None and lead.dtype not in dtype:
@@ -46,6 +46,11 @@ def needs(
         return limits(*args) if limits is not None else None
 
     return why_not
+
+
+def _lead(args: Sequence[Any]) -> Any:
+    """The first argument that is not absent: where an op begins with optional tensors, the first tensor."""
+    return args[0] if args[0] is not None else next(a for a in args if a is not None)
 
 
 @functools.cache
@@ -82,11 +87,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def with_gpu(why_not: WhyNot) -> WhyNot:
-    """`why_not`, then the reason that the CUDA library cannot run on the GPU of the op's first argument."""
+    """`why_not`, then the reason that the CUDA library cannot run on the GPU of the op's first tensor."""
 
     def both(*args: Any) -> str | None:
         reason = why_not(*args)
-        return _library_cannot_run(args[0].device) if reason is None and args[0].is_cuda else reason
+        lead = _lead(args)
+        return _library_cannot_run(lead.device) if reason is None and lead.is_cuda else reason
 
     return both
 

@@ -33,6 +33,8 @@ __all__ = ["OPS", "Backend", "BackendError", "Op", "explain", "use", "value_erro
 NAMESPACE = "fastseq"
 LIB = torch.library.Library(NAMESPACE, "DEF")
 OPS: dict[str, Op] = {}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""What runs below the boundary of each `fastseq::` op by name, opaque ones included."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "fastseq_backend", default=os.environ.get("FASTSEQ_BACKEND") or None
@@ -107,7 +109,7 @@ class Op:
         self._vmap = _vmap_by_loop(self)
         torch.library.register_vmap(f"{NAMESPACE}::{self.name}", self._vmap, lib=LIB)
         self.torch_op = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        OPS[self.name] = self
+        OPS[self.name], IMPLEMENTATIONS[self.name] = self, self.run
 
     def register(self, backend: Backend, *, before: str = "eager") -> None:
         """Add a backend, to be tried before the one named.
@@ -229,6 +231,7 @@ def opaque(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     LIB.impl(name, run_with_autograd, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=LIB)
     torch.library.register_autograd(name, no_backward, lib=LIB)
+    IMPLEMENTATIONS[name.partition("::")[2]] = run_with_autograd
     op = getattr(getattr(torch.ops, NAMESPACE), name.partition("::")[2]).default
 
     function: list[Any] = []

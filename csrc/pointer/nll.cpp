@@ -181,7 +181,8 @@ class Loss {
 
   // The value of a row and the gradients that are its own; n: its place in the tiles, or -1.
   void finish(Row& row, int64_t n) {
-    Mixing mixing{0, 0, n < 0 ? 0 : double(tiles_.largest[n]) + std::log(tiles_.sum[n])};
+    Mixing mixing{0, 0, 0};
+    if (n >= 0) mixing.lse = tiles_.sum[n] == 0 ? NAN : double(tiles_.largest[n]) + std::log(tiles_.sum[n]);
     double gate, mass = row.mass;
     if (p.gate) {
       gate = p.gate[row.b * p.gate_b + row.t * p.gate_t];

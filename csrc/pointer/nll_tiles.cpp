@@ -79,7 +79,7 @@ int64_t processors() {
 // Rows that lie 64 * (an odd number) bytes apart: elements of one column are then in different sets of a cache.
 template <class E>
 int64_t apart(int64_t columns) {
-  return (round_up(columns, kLanes<E>) * int64_t(sizeof(E)) / 64 | 1) * 64 / int64_t(sizeof(E));
+  return (round_up(columns * int64_t(sizeof(E)), 64) / 64 | 1) * 64 / int64_t(sizeof(E));
 }
 
 template <class E>

@@ -2,9 +2,9 @@
 
     python csrc/testing/mutants.py [--list] [--only NAME ...] [--jobs 2] [--build FOLDER]
 
-The bugs are in planted*.py, a file a family of kernels. Each goes into a copy of csrc, whose test is compiled for the emulator (cuda_emulator.h) and
-run with the argument "quick". The script fails if a bug is not seen: then the tests have a hole; if the code that a bug
-belongs in is not there, exactly once; or if a test fails without any bug.
+The bugs are in planted*.py, a file a family of kernels. Each goes into a copy of csrc, whose test is compiled for the
+emulator (cuda_emulator.h) and run with the argument "quick". The script fails if a bug is not seen: then the tests
+have a hole; if the code that a bug belongs in is not there, exactly once; or if a test fails without any bug.
 
 It needs CMake and a C++ compiler. FOLDER is a CMake build folder of the C++ tests, which need not be finished; without
 one, build/mutants is made.

@@ -10,6 +10,7 @@ from fastseq.functional.crf import (
     crf_token_log_likelihood,
     crf_viterbi,
 )
+from fastseq.functional.distribution import pointer_generator_distribution, pointer_generator_topk
 from fastseq.functional.pointer import copynet_nll, pointer_generator_nll
 
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "crf_sample",
     "crf_token_log_likelihood",
     "crf_viterbi",
+    "pointer_generator_distribution",
     "pointer_generator_nll",
+    "pointer_generator_topk",
 ]

@@ -94,9 +94,9 @@ def _shaped(ours: str, name: str, tensor: Any, parameter: Tensor) -> Tensor:
     """Their tensor in our shape."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"state_dict: {name} is a {type(tensor).__name__}, wanted a tensor")
-    if ours in VECTORS and tensor.dim() == 2 and 1 in tensor.shape:
-        tensor = tensor.flatten()
-    if tensor.shape != parameter.shape:
-        got, wanted = tuple(tensor.shape), tuple(parameter.shape)
+    vector = ours in VECTORS and tensor.dim() == 2 and 1 in tensor.shape
+    shaped: Tensor = tensor.flatten() if vector else tensor
+    if shaped.shape != parameter.shape:
+        got, wanted = tuple(shaped.shape), tuple(parameter.shape)
         raise ValueError(f"state_dict: {name} has shape {got}, wanted {wanted} for {ours} of this decoder")
-    return tensor
+    return shaped

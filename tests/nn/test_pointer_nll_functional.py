@@ -60,7 +60,7 @@ def test_is_the_documented_torch(args: list[Any], form: str, reduction: str) -> 
 def test_mean_of_nothing_is_zero(args: list[Any]) -> None:
     args[6].fill_(7)
     loss = pointer_generator_nll(*args, ignore_index=7)
-    assert float(loss) == 0
+    assert float(loss.detach()) == 0
     assert all(not g.any() for g in torch.autograd.grad(loss, args[:5]))
     with torch.no_grad():
         assert float(pointer_generator_nll(*args, ignore_index=7)) == 0
@@ -107,7 +107,7 @@ def test_autocast(args: list[Any]) -> None:
     rounded = pointer_generator_nll(args[0].bfloat16(), *args[1:])
     assert got.dtype == torch.float32
     assert torch.equal(got, rounded)
-    assert float(got) != float(pointer_generator_nll(*args))
+    assert not torch.equal(got, pointer_generator_nll(*args))
     for g, w in zip(torch.autograd.grad(got, args[:5]), torch.autograd.grad(rounded, args[:5]), strict=True):
         assert g.dtype == torch.float32
         assert torch.equal(g, w)
@@ -157,7 +157,7 @@ def test_a_training_step_is_one_op(args: list[Any], chosen: list[str]) -> None:
             3,
             torch.zeros(B, T, S, device="meta"),
             ValueError,
-            "attention: got a tensor on meta, wanted cpu, where hidden",
+            "attention: got a tensor on meta, wanted cpu",
         ),
         (4, torch.zeros(B, T, 1), ValueError, r"gate: got shape \(3, 4, 1\), wanted \(B, T\)"),
         (4, None, TypeError, "gate: got NoneType"),

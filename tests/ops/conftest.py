@@ -17,12 +17,19 @@ from torch import Tensor
 
 import fastseq
 from fastseq.ops import crf
+from fastseq.ops.pointer import decoder, distribution
 from fastseq.reasons import needs
 from fastseq.registry import OPS, Backend, value_errors
 from fastseq.testing import backend_of
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-EMULATED = ("crf_nll", "crf_nll_grad", "crf_viterbi")
+EMULATED = {  # the types and sizes that a kernel can do, as its op says it of the backend cuda
+    **dict.fromkeys(("crf_nll", "crf_nll_grad", "crf_viterbi"), (crf.FLOATS, crf.at_most(crf.CUDA_TAGS))),
+    **dict.fromkeys(
+        ("pointer_distribution", "pointer_distribution_grad"), (distribution.FLOATS, distribution.countable)
+    ),
+    **dict.fromkeys(("pointer_decoder", "pointer_decoder_grad"), (decoder.FLOATS, decoder.at_most(decoder.CUDA_SIZES))),
+}
 
 
 def _register_emulator() -> None:
@@ -36,8 +43,8 @@ def _register_emulator() -> None:
     def run(name: str) -> Callable[..., Any]:
         return lambda *args: value_errors(getattr(torch.ops.fastseq_emulator, name).default)(*args)
 
-    for name in EMULATED:
-        fits = needs(device="cpu", dtype=crf.FLOATS, limits=crf.at_most(crf.CUDA_TAGS))
+    for name, (dtypes, limits) in EMULATED.items():
+        fits = needs(device="cpu", dtype=dtypes, limits=limits)
         OPS[name].register(Backend("emulator", run(name), fits, emulator.load, automatic=False, device="cpu"))
 
 

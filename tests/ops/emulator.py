@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU, as the torch ops `fastseq_emulator::crf_*`, so that the operators' tests can run them.
+"""The CUDA kernels on the CPU, as the torch ops `fastseq_emulator::*`, so that the operators' tests can run them.
 
     reason = emulator.load()      None once the ops are there, else why they cannot be
 

@@ -21,6 +21,7 @@ namespace fastseq::pointer::cuda {
 namespace mixing {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kBatch = 4;    // words of a thread that are loaded together
 constexpr int kTile = 1024;  // ids that a block looks at together
 constexpr int64_t kAbsent = INT64_MAX;
 
@@ -39,10 +40,17 @@ struct Sums {
   R top = -INFINITY, total = 0, dot = 0;
 
   __device__ R shift() const { return top == -INFINITY ? R(0) : top; }
-  __device__ void add(R z, R grad) {
-    if (z > top) bring_down_to(z);
-    const R power = exponential(z - shift());
-    total += power, dot += power * grad;
+  // Several words at once, for one look at whether a sum must be brought down.
+  __device__ void add(const R (&z)[kBatch], const R (&grad)[kBatch]) {
+    R greatest = top;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) greatest = z[j] > greatest ? z[j] : greatest;
+    if (greatest > top) bring_down_to(greatest);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const R power = exponential(z[j] - shift());
+      total += power, dot += power * grad[j];
+    }
   }
   __device__ void add(Sums other) {
     const R greater = other.top > top ? other.top : top;
@@ -84,6 +92,7 @@ __device__ Total<R> over_block(Total<R> mine, R* scratch) {
   }
   __syncthreads();
   Total<R> all{};
+#pragma unroll 1  // else all partial sums are in registers at once
   for (int w = 0; w < kWarps; ++w) {
     const R* from = scratch + 4 * w;
     Sums<R> other;
@@ -93,10 +102,27 @@ __device__ Total<R> over_block(Total<R> mine, R* scratch) {
   return all;
 }
 
-// The words of a row that are this thread's.
+// The thread's part of a row. `grad` may be null.
+template <class S, class R>
+__device__ Sums<R> sum_up(const S* z, const R* grad, int V) {
+  Sums<R> sums;
+  for (int first = int(threadIdx.x); first < V; first += kBatch * kThreads) {
+    R logits[kBatch], grads[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int v = first + j * kThreads;  // V + 2^11 fits in an int
+      logits[j] = v < V ? load<R>(z + v) : -INFINITY;
+      grads[j] = v < V && grad ? load<R>(grad + v) : R(0);
+    }
+    sums.add(logits, grads);
+  }
+  return sums;
+}
+
+// f of each word from begin to end that is this thread's.
 template <class F>
 __device__ __forceinline__ void for_words(int begin, int end, const F& f) {
-#pragma unroll 4
+#pragma unroll 2
   for (int v = begin + int(threadIdx.x); v < end; v += kThreads) f(v);
 }
 
@@ -106,10 +132,12 @@ __device__ void add_copies(const SourceOrder& order, int b, int positions, int w
                            R copy, R* final) {
   const int64_t* ids = order.ids + int64_t(b) * positions;
   const int* at = order.positions + int64_t(b) * positions;
+#pragma unroll 1
   for (int p = int(threadIdx.x); p < positions; p += kThreads) {
     const int64_t id = load_int(ids + p);
     if (id >= words || (p > 0 && load_int(ids + p - 1) == id)) continue;
     R mass = 0;
+#pragma unroll 1  // most words come once
     for (int q = p; q < positions && (q == p || load_int(ids + q) == id); ++q)
       mass += load<R>(attention + load_int(at + q));
     store(final + id, load<R>(final + id) + copy * mass);
@@ -134,7 +162,7 @@ __global__ void __launch_bounds__(mixing::kThreads, 2)
   for (int first = 0; first < positions; first += kThreads) {
     const int i = first + int(threadIdx.x);
     const int64_t mine = i < positions ? key(i) : 0;
-    invalid |= mine != kAbsent && mine >= words;
+    invalid |= i < positions && load_int(ids + i) >= words;
     int rank = 0;
     for (int begin = 0; begin < positions; begin += kTile) {
       const int size = min(kTile, positions - begin);
@@ -164,8 +192,8 @@ __global__ void __launch_bounds__(mixing::kThreads, 2)
   const int64_t* ids = m.source_ids + int64_t(b) * m.positions;
   final += int64_t(blockIdx.x) * words;
 
-  Total<R> mine{};
-  for_words(0, m.V, [&](int v) { mine.sums.add(load<R>(z + v), R(0)); });
+  Total<R> mine{sum_up<S, R>(z, nullptr, m.V), 0};
+#pragma unroll 1
   for (int i = int(threadIdx.x); i < m.positions; i += kThreads)
     if (load_int(ids + i) >= 0) mine.copied += load<R>(attention + i) * 0;  // NaN of what is not finite
   const Total<R> all = over_block(mine, scratch);
@@ -193,8 +221,8 @@ __global__ void __launch_bounds__(mixing::kThreads, 2)
   const int64_t* ids = m.source_ids + int64_t(b) * m.positions;
   const auto grad_of = [&](int64_t id) { return id < words ? load<R>(grad + id) : R(NAN); };
 
-  Total<R> mine{};
-  for_words(0, m.V, [&](int v) { mine.sums.add(load<R>(z + v), load<R>(grad + v)); });
+  Total<R> mine{sum_up(z, grad, m.V), 0};
+#pragma unroll 1
   for (int i = int(threadIdx.x); i < m.positions; i += kThreads)
     if (const int64_t id = load_int(ids + i); id >= 0) mine.copied += load<R>(attention + i) * grad_of(id);
   const Total<R> all = over_block(mine, scratch);
@@ -208,6 +236,7 @@ __global__ void __launch_bounds__(mixing::kThreads, 2)
     store(to_logits + v, p * (load<R>(grad + v) - mean) + poison);
   });
   R* to_attention = to.attention + int64_t(blockIdx.x) * m.positions;
+#pragma unroll 1
   for (int i = int(threadIdx.x); i < m.positions; i += kThreads) {
     const int64_t id = load_int(ids + i);
     store(to_attention + i, id >= 0 ? copy * grad_of(id) + poison : R(0));

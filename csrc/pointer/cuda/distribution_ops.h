@@ -39,10 +39,10 @@ struct MixtureCall : MixtureArguments<R> {
   template <class... Arguments>
   explicit MixtureCall(const Arguments&... arguments) : MixtureArguments<R>(arguments...) {
     const auto& in = *this;
-    constexpr int64_t kMost = std::numeric_limits<int>::max();
+    constexpr int64_t kMost = std::numeric_limits<int>::max() - 4096;  // a thread looks some words ahead
     check(
         in.B <= kMost && in.T <= kMost && in.B * in.T <= kMost && in.V <= kMost - in.num_oov && in.S <= kMost,
-        "logits: wanted fewer than 2^31 rows, words and source positions");
+        "logits: wanted fewer than 2^31 - 4096 rows, words and source positions");
     mixture = {int(in.B),
                int(in.T),
                int(in.V),

@@ -11,7 +11,7 @@ __all__ = ["Config", "build", "compare", "predict"]
 
 
 def compare(config: Config, sentences: int) -> dict[str, Any]:
-    """See `comparison.compare`; it is imported here, so that prediction does not wait for what it needs."""
+    """See `comparison`; it is imported here, so that prediction does not wait for what it needs."""
     from fastseq.recipes.summarizer import comparison
 
     return comparison.compare(config, sentences)

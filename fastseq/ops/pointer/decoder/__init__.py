@@ -43,6 +43,7 @@ gates, query and input of each step. From these, those of six weights are a prod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ from fastseq.registry import Op, is_plain, opaque
 __all__ = ["decoder", "decoder_grad"]
 
 FLOATS = (torch.float64, torch.float32)
+CUDA_SIZES = {"H": 512, "E": 512, "M": 1024, "A": 1024, "S": 1 << 18}  # csrc/pointer/cuda/decoder.h
 _INPUTS = (
     "Tensor inputs, Tensor memory, Tensor features, Tensor? mask, Tensor hidden, Tensor cell, Tensor context, "
     "Tensor coverage, Tensor w_context, Tensor w_ih, Tensor w_hh, Tensor bias, Tensor w_query, Tensor b_query, "
@@ -68,13 +70,27 @@ _GRADS = (
 _KEPT = "Tensor x, Tensor hiddens, Tensor cells, Tensor contexts, Tensor attention"
 
 
+def at_most(sizes: dict[str, int]) -> Callable[..., str | None]:
+    """The limits of a kernel, on sizes by their letters."""
+
+    def why_not(*args: Any) -> str | None:
+        inputs, memory, features, _, hidden = args[7:12] if len(args) > 16 else args[:5]
+        found = {"H": hidden.shape[1], "E": inputs.shape[2], "M": memory.shape[2], "A": features.shape[2]}
+        found["S"] = memory.shape[1]
+        over = [f"{name} at most {limit}, got {found[name]}" for name, limit in sizes.items() if found[name] > limit]
+        return f"needs {'; '.join(over)}" if over else None
+
+    return why_not
+
+
 def _compiled(op: Op) -> None:
     """Add the compiled kernels of `op`, and say why there is no other."""
     for device in ("cpu", "cuda"):
         if library.loaded(device) and not hasattr(getattr(torch.ops, f"fastseq_{device}"), op.name):
             op.lacks(device, "the library was built before this op")
         else:
-            op.compiled(device, needs(device=device, dtype=FLOATS))
+            limits = at_most(CUDA_SIZES) if device == "cuda" else None
+            op.compiled(device, needs(device=device, dtype=FLOATS, limits=limits))
     op.lacks("triton", "no Triton kernel: a recurrence of small products is the CUDA library's, else eager's")
 
 

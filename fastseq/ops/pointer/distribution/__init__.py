@@ -58,7 +58,7 @@ def countable(*args: Any) -> str | None:
     """The limit of the GPU kernels: rows, words and positions are counted in 31 bits."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     most = max(max(t.shape[0] * t.shape[1], *t.shape) for t in tensors if t.dim() > 1) + args[-1]
-    return None if most < 2**31 else "needs fewer than 2^31 rows, words and source positions"
+    return None if most < 2**31 - 4096 else "needs fewer than 2^31 - 4096 rows, words and source positions"
 
 
 def _on_gpus(op: Op) -> None:

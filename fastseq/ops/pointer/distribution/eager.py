@@ -39,7 +39,7 @@ def distribution_grad(
 ) -> tuple[Tensor, ...]:
     """The gradient of <grad, distribution>; see `fastseq.ops.pointer.distribution`."""
     _check_ids(source_ids, logits.shape[2] + num_oov)
-    return _gradient(grad, logits, attention, gate, source_ids)
+    return tuple(g.contiguous() for g in _gradient(grad, logits, attention, gate, source_ids))
 
 
 def double_backward(grad_grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

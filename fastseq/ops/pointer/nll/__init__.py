@@ -116,7 +116,7 @@ def _nll_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *_where_given(grads, inputs), *(None,) * 5
 
 
-def _where_given(grads: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _where_given(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The five gradients, None for an argument that is None."""
     return [None if x is None else g for g, x in zip(grads, inputs[:5], strict=True)]
 
@@ -163,6 +163,7 @@ def _nll_grad_backward(ctx: Any, grad_total: Tensor | None, *grad_grads: Tensor 
     """Of the total: the gradients at hand, times grad_total. Of the gradients: the double backward, by `eager`."""
     *tensors, weights = ctx.saved_tensors[:8]
     grads, inputs = ctx.saved_tensors[8:], (*tensors, *ctx.numbers, weights)
+    grad_grads = tuple(_where_given(grad_grads, tensors))
     if any(g is not None for g in grad_grads):
         if torch.is_grad_enabled() and is_plain((grad_total, *grad_grads, *inputs)):
             return eager.double_backward(inputs, grad_total, grad_grads)
@@ -203,7 +204,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return nll_grad.backward(ctx, grads[0])
+        return nll_grad.backward(ctx, grads[0], *(None,) * 5)
 
 
 _loss: Any = super(torch.autograd.Function, _Loss).apply  # see Op.autograd

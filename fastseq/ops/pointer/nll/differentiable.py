@@ -28,10 +28,10 @@ def double_backward(
 
     One for each of the eleven inputs, None for those that are not floating-point tensors.
     """
-    tensors, numbers, weights = inputs[:7], inputs[7:10], inputs[10]
+    tensors, (ignore_index, label_smoothing, z_loss, weights) = inputs[:7], inputs[7:]
 
     def objective(*leaves: Any) -> Tensor:
-        whole = total(leaves[:7], *numbers, weights=leaves[7])
+        whole = total(leaves[:7], ignore_index, label_smoothing, z_loss, leaves[7])
         value = whole.new_zeros(()) if grad_total is None else grad_total * whole
         pairs = [(g, x) for g, x in zip(grad_grads, leaves[:5], strict=True) if g is not None and x is not None]
         if pairs:

@@ -124,8 +124,9 @@ def _ordinary() -> list[Build]:
     def with_everything(make: _Maker) -> list[Any]:
         case = make.case(2, 3, 4, 3, 6)
         case[COPY] = torch.stack([case[COPY], case[COPY]], -1)[..., 0]
-        case[TARGET][1, 1], case[SOURCE][0, 1], case[SMOOTHING], case[Z_LOSS] = -100, -1, 0.1, 0.05
         case[TARGET][0] = make.integers(0, 6, 3)
+        case[TARGET][1, 1], case[IGNORE], case[SOURCE][0, 1] = -9, -9, -1
+        case[SMOOTHING], case[Z_LOSS] = 0.1, 0.05
         return case
 
     return [lambda make: make.case(2, 3, 4, 3, 6), copynet, with_everything]
