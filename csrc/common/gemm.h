@@ -1,10 +1,10 @@
-// The inner loop of matrix products whose operands are packed: C (+)= A B for a block of a few rows and a panel of
-// columns, in registers. One register-blocked loop for float32, float64 and pairs of bfloat16 (vdpbf16ps, where the
-// CPU has it).
+// The inner loop of matrix products whose operands are packed: C (+)= A B for a block of a few rows and a
+// panel of columns, in registers. One register-blocked loop for float32, float64 and pairs of bfloat16
+// (vdpbf16ps, where the CPU has it).
 //
-// A step of the loop loads one row of the panel and broadcasts one element of each row of A: with 6 rows and 4
-// vectors 10 loads for 24 multiply-adds, which keeps one 512-bit unit busy. B's panel is meant to stay in the first
-// level cache while the rows of A go by, so callers cut the depth at `kDepth` elements.
+// A step of the loop loads one row of the panel and broadcasts one element of each row of A: with 6 rows and
+// 4 vectors 10 loads for 24 multiply-adds, which keeps one 512-bit unit busy. B's panel is meant to stay in
+// the first level cache while the rows of A go by, so callers cut the depth at `kDepth` elements.
 #pragma once
 #include "simd.h"
 
@@ -73,8 +73,7 @@ struct Block {
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n)
-        sums[m][n] =
-            p.add ? *reinterpret_cast<const Loose*>(p.c + m * p.c_stride + n * kLanes<E>) : Vector{};
+        sums[m][n] = p.add ? *reinterpret_cast<const Loose*>(p.c + m * p.c_stride + n * kLanes<E>) : Vector{};
     const E *a = p.a, *b = p.b;
     const int64_t stride = p.a_stride;
     for (int64_t k = 0; k < p.depth; ++k, b += N * kLanes<E>) {
@@ -117,7 +116,8 @@ struct Block<Pair, M, N, rows> {
       for (int m = 0; m < M; ++m) {
         const __m512i x = _mm512_set1_epi32(int(rows == Rows::contiguous ? a[m * stride].bits : a[m].bits));
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], (__m512bh)x, (__m512bh)column[n]);
+        for (int n = 0; n < N; ++n)
+          sums[m][n] = _mm512_dpbf16_ps(sums[m][n], (__m512bh)x, (__m512bh)column[n]);
       }
       a += rows == Rows::contiguous ? 1 : stride;
     }

@@ -1,10 +1,10 @@
-// Work in phases, each of which needs all of the one before: one parallel_for for a whole recurrence, where one
-// for each phase would cost microseconds each. A phase costs some 100 ns.
+// Work in phases, each of which needs all of the one before: one parallel_for for a whole recurrence, where
+// one for each phase would cost microseconds each. A phase costs some 100 ns.
 //
-// There is no barrier, since nobody promises how many of the ranges that parallel_for was asked for run at the
-// same time. Whoever is free takes the next ticket. Its task waits until all tasks of the phases before have
-// ended, and those are in the hands of threads that run: the earliest of them waits for nothing. So one thread
-// alone comes to the end, and so does any number.
+// There is no barrier, since nobody promises how many of the ranges that parallel_for was asked for run at
+// the same time. Whoever is free takes the next ticket. Its task waits until all tasks of the phases before
+// have ended, and those are in the hands of threads that run: the earliest of them waits for nothing. So one
+// thread alone comes to the end, and so does any number.
 #pragma once
 #include <thread>
 #if defined(__x86_64__) || defined(_M_X64)
@@ -28,8 +28,8 @@ static inline void wait_for(const std::atomic<int64_t>& done, int64_t wanted) {
   }
 }
 
-// Runs task(phase, i) for every phase < phases and i < count(phase); what one phase writes, the later ones may
-// read. What a task computes must not depend on the thread that runs it. Tasks must not throw.
+// Runs task(phase, i) for every phase < phases and i < count(phase); what one phase writes, the later ones
+// may read. What a task computes must not depend on the thread that runs it. Tasks must not throw.
 template <class Count, class Task>
 void run_phases(const ParallelFor& parallel_for, int64_t phases, const Count& count, const Task& task) {
   int64_t widest = 0;

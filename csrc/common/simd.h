@@ -22,7 +22,8 @@ namespace fastseq::FASTSEQ_ISA {
 constexpr float kTiny = 8.077935669463161e-28f;  // 2^-90
 constexpr float kLogTiny = -62.383246250395075f;
 
-// 2^x = poly(x - n) 2^n with n the integer nearest to x; the polynomial, fitted to the least relative error (9e-8).
+// 2^x = poly(x - n) 2^n with n the integer nearest to x; the polynomial, fitted to the least relative error
+// (9e-8).
 constexpr float kExp2[] = {1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f, 0.240222424f, 0.693147004f, 1.f};
 constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits hold
 
@@ -249,7 +250,9 @@ struct Lanes16 {
   static FASTSEQ_INLINE Lanes16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
   FASTSEQ_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   static FASTSEQ_INLINE __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
-  static FASTSEQ_INLINE Lanes16 load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static FASTSEQ_INLINE Lanes16 load(const float* p, int64_t n) {
+    return {_mm512_maskz_loadu_ps(first(n), p)};
+  }
   FASTSEQ_INLINE void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   friend FASTSEQ_INLINE Lanes16 operator+(Lanes16 a, Lanes16 b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend FASTSEQ_INLINE Lanes16 operator-(Lanes16 a, Lanes16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -330,7 +333,8 @@ FASTSEQ_INLINE V vexp(V x) {
     V r = V::fma(n, V::set(-0.693359375f), x);
     r = V::fma(n, V::set(2.12194440e-4f), r);
     V p = V::set(1.9875691500E-4f);
-    for (const float c : {1.3981999507E-3f, 8.3334519073E-3f, 4.1665795894E-2f, 1.6666665459E-1f, 5.0000001201E-1f})
+    for (const float c :
+         {1.3981999507E-3f, 8.3334519073E-3f, 4.1665795894E-2f, 1.6666665459E-1f, 5.0000001201E-1f})
       p = V::fma(p, r, V::set(c));
     return V::scale(V::fma(p, r * r, r + V::set(1.f)), n);
   }

@@ -21,10 +21,10 @@ template <class R>
 struct Decoder {
   int64_t B, Bm, T, S, E, H, M, A;  // Bm memories; row b of B reads memory b / (B / Bm)
   const SourcePositions& on;
-  const R *inputs, *memory, *features;           // (B,T,E), (Bm,S,M), (Bm,S,A)
-  const R *hidden, *cell, *context, *coverage;   // (B,H), (B,H), (B,M), (B,S)
-  const R *w_context, *w_ih, *w_hh, *bias;       // (E,M), (4H,E), (4H,H), (4H,)
-  const R *w_query, *b_query, *w_coverage, *v;   // (A,2H), (A,), (A,) or null, (A,)
+  const R *inputs, *memory, *features;          // (B,T,E), (Bm,S,M), (Bm,S,A)
+  const R *hidden, *cell, *context, *coverage;  // (B,H), (B,H), (B,M), (B,S)
+  const R *w_context, *w_ih, *w_hh, *bias;      // (E,M), (4H,E), (4H,H), (4H,)
+  const R *w_query, *b_query, *w_coverage, *v;  // (A,2H), (A,), (A,) or null, (A,)
   int64_t memory_of(int64_t b) const { return b / (B / Bm); }
 };
 
@@ -43,23 +43,23 @@ struct DecoderSaved {
 
 template <class R>
 struct DecoderGradients {
-  R *inputs, *gates, *query, *memory, *features;       // (B,T,E), (B,T,4H), (B,T,A), (B,S,M), (B,S,A)
-  R *hidden, *cell, *context, *coverage;               // as the states
-  R *w_coverage, *v;                                   // (A,) or null, (A,)
+  R *inputs, *gates, *query, *memory, *features;  // (B,T,E), (B,T,4H), (B,T,A), (B,S,M), (B,S,A)
+  R *hidden, *cell, *context, *coverage;          // as the states
+  R *w_coverage, *v;                              // (A,) or null, (A,)
 };
 
 }  // namespace fastseq::pointer
 
 namespace fastseq {
 
-#define FASTSEQ_DECLARE(isa)                                                                             \
-  namespace isa {                                                                                        \
-  template <class R>                                                                                     \
-  void decoder_forward(const pointer::Decoder<R>& in, const pointer::DecoderOutputs<R>& out,             \
-                       const ParallelFor& parallel);                                                     \
-  template <class R> /* needs B == Bm */                                                                 \
-  void decoder_backward(const pointer::Decoder<R>& in, const pointer::DecoderSaved<R>& saved,            \
-                        const pointer::DecoderGradients<R>& out, const ParallelFor& parallel);           \
+#define FASTSEQ_DECLARE(isa)                                                                   \
+  namespace isa {                                                                              \
+  template <class R>                                                                           \
+  void decoder_forward(const pointer::Decoder<R>& in, const pointer::DecoderOutputs<R>& out,   \
+                       const ParallelFor& parallel);                                           \
+  template <class R> /* needs B == Bm */                                                       \
+  void decoder_backward(const pointer::Decoder<R>& in, const pointer::DecoderSaved<R>& saved,  \
+                        const pointer::DecoderGradients<R>& out, const ParallelFor& parallel); \
   }
 FASTSEQ_DECLARE(baseline)
 FASTSEQ_DECLARE(avx2)

@@ -1,11 +1,10 @@
-// The attention decoder, backward: the recurrent part. Gates and queries of all steps are recomputed first, as
-// large products, into the outputs that their gradients replace; tanh is recomputed step by step.
-// A step is five phases: attention, piece by piece; the pieces together; the cell; the LSTM's input and the state
-// before; the context before. The sum that softmax needs is d_context . context, plus what does not come from the
-// memory: no pass over the source stands between. d_memory is one product at the end.
-// Cost of a step and row: S*(A (tanh + 6 FMA) + M FMA), which reads S*(2A+M) numbers and writes S*A of them, and
-// the products of forward twice.
-#include <cstring>
+// The attention decoder, backward: the recurrent part. Gates and queries of all steps are recomputed first,
+// as large products, into the outputs that their gradients replace; tanh is recomputed step by step. A step
+// is five phases: attention, piece by piece; the pieces together; the cell; the LSTM's input and the state
+// before; the context before. The sum that softmax needs is d_context . context, plus what does not come from
+// the memory: no pass over the source stands between. d_memory is one product at the end. Cost of a step and
+// row: S*(A (tanh + 6 FMA) + M FMA), which reads S*(2A+M) numbers and writes S*A of them, and the products of
+// forward twice.
 
 #include "../common/phases.h"
 #include "decoder_pieces.h"
@@ -161,8 +160,8 @@ class Backward {
     for (int p = 0; p < P; ++p) d[p] = sum(acc[p]);
   }
 
-  // From the scores' gradients to features, query, coverage, w_coverage and v, for P positions: the derivative
-  // of tanh is 4 r (1 - r) with r = 1 / (1 + e^2y).
+  // From the scores' gradients to features, query, coverage, w_coverage and v, for P positions: the
+  // derivative of tanh is 4 r (1 - r) with r = 1 / (1 + e^2y).
   template <int P>
   FASTSEQ_INLINE void score_gradients(const R* query, int64_t piece, const R* features, R* d_features,
                                       const int32_t* on, const R* cover, const R* d, R* d_cover) const {
@@ -248,8 +247,9 @@ class Backward {
         const int64_t k = j0 + from;
         R* gate = out.gates + (b * in.T + t) * 4 * in.H + k;
         const auto get = [&](const R* p) { return p ? load<V>(p + k, lanes) : V::set(0); };
-        const V i = load<V>(gate, lanes), f = load<V>(gate + in.H, lanes), g = load<V>(gate + 2 * in.H, lanes),
-                o = load<V>(gate + 3 * in.H, lanes), tanh_c = vtanh(get(at(saved.cells, in.H, b, t)));
+        const V i = load<V>(gate, lanes), f = load<V>(gate + in.H, lanes),
+                g = load<V>(gate + 2 * in.H, lanes), o = load<V>(gate + 3 * in.H, lanes),
+                tanh_c = vtanh(get(at(saved.cells, in.H, b, t)));
         const V c_before = get(t ? at(saved.cells, in.H, b, t - 1) : in.cell + b * in.H);
         const V dh = get(h(b)) + get(at(saved.grad_hiddens, in.H, b, t));
         const V dc = V::fma(dh * o, one - tanh_c * tanh_c, get(c(b)) + get(at(saved.grad_cells, in.H, b, t)));

@@ -1,9 +1,8 @@
 // The attention decoder, forward. A step is five phases: the LSTM's input; gates and cell; the query; scores,
 // their exponentials and the context of each piece of the source; the pieces together.
-// Cost of a step and row: S*(A tanh + M FMA), which reads S*(A+M) numbers, and E*M + 4H*(E+H) + 2H*A FMA, whose
-// weights are read once for all rows. The tanh's are two thirds of the time.
-#include <cstring>
-#include <memory>
+// Cost of a step and row: S*(A tanh + M FMA), which reads S*(A+M) numbers, and E*M + 4H*(E+H) + 2H*A FMA,
+// whose weights are read once for all rows. The tanh's are two thirds of the time.
+#include <cmath>
 
 #include "../common/phases.h"
 #include "decoder_pieces.h"
@@ -29,7 +28,8 @@ class Forward {
   void run(const ParallelFor& parallel) {
     const int64_t slice = V::W * 2, wide = 32;
     const auto tasks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-    const int64_t counts[5] = {tasks(in.E, wide), tasks(in.H, slice), tasks(in.A, wide), pieces.count(), in.B};
+    const int64_t counts[5] = {tasks(in.E, wide), tasks(in.H, slice), tasks(in.A, wide), pieces.count(),
+                               in.B};
     // Phase 0 prepares the rows.
     run_phases(
         parallel, 1 + 5 * in.T, [&](int64_t phase) { return phase == 0 ? in.B : counts[(phase - 1) % 5]; },
@@ -94,7 +94,8 @@ class Forward {
         const int64_t to = (b * in.T + t) * in.H + j0;
         for_vectors<V>(j1 - j0, [&](int64_t k, int64_t lanes) {
           const auto gate = [&](int g) { return load<V>(gates[g][b - b0] + k, lanes); };
-          const V c = V::fma(vsigmoid(gate(1)), load<V>(c_before + k, lanes), vsigmoid(gate(0)) * vtanh(gate(2)));
+          const V c =
+              V::fma(vsigmoid(gate(1)), load<V>(c_before + k, lanes), vsigmoid(gate(0)) * vtanh(gate(2)));
           store(c, out.cells + to + k, lanes);
           store(vsigmoid(gate(3)) * vtanh(c), out.hiddens + to + k, lanes);
         });
@@ -106,14 +107,18 @@ class Forward {
   void query(int64_t t, int64_t n0, int64_t n1) {
     dots<V, R>(
         0, in.B, n0, n1,
-        [&](int64_t b, int64_t n, R sum) { queries[b * in.A + n] = R(kTanhExponent) * (in.b_query[n] + sum); },
+        [&](int64_t b, int64_t n, R sum) {
+          queries[b * in.A + n] = R(kTanhExponent) * (in.b_query[n] + sum);
+        },
         Term{[&](int64_t b) { return out.hiddens + (b * in.T + t) * in.H; }, in.w_query, 2 * in.H, in.H},
-        Term{[&](int64_t b) { return out.cells + (b * in.T + t) * in.H; }, in.w_query + in.H, 2 * in.H, in.H});
+        Term{[&](int64_t b) { return out.cells + (b * in.T + t) * in.H; }, in.w_query + in.H, 2 * in.H,
+             in.H});
   }
 
   // Scores of P positions, less the sum of v, which is the same for all and which softmax does not see.
   template <int P>
-  FASTSEQ_INLINE void score(int64_t b, const R* features, const int32_t* at, const R* cover, R* scores) const {
+  FASTSEQ_INLINE void score(int64_t b, const R* features, const int32_t* at, const R* cover,
+                            R* scores) const {
     const R* q = queries + b * in.A;
     V acc[P], c[P];
     for (int p = 0; p < P; ++p) acc[p] = V::set(0), c[p] = V::set(cover[p]);
@@ -141,7 +146,8 @@ class Forward {
     R most = -INFINITY, total = 0;
     for (i = 0; i < n; ++i) most = p[i] > most ? p[i] : most;
     const V shift = V::set(most == -INFINITY ? R(0) : most);
-    for_vectors<V>(n, [&](int64_t k, int64_t lanes) { store(vexp(load<V>(p + k, lanes) - shift), p + k, lanes); });
+    for_vectors<V>(
+        n, [&](int64_t k, int64_t lanes) { store(vexp(load<V>(p + k, lanes) - shift), p + k, lanes); });
     for (i = 0; i < n; ++i) total += p[i];
     largest[piece] = most, sums[piece] = total;
     const R* rows = in.memory + m * in.S * in.M;
@@ -163,7 +169,8 @@ class Forward {
   }
 
   void combine(int64_t t, int64_t b) {
-    const int64_t m = in.memory_of(b), n = in.on.count(m), first = pieces.first[b], last = pieces.first[b + 1];
+    const int64_t m = in.memory_of(b), n = in.on.count(m), first = pieces.first[b],
+                  last = pieces.first[b + 1];
     if (n == 0) return;
     R most = -INFINITY, total = 0, loss = 0;
     for (int64_t piece = first; piece < last; ++piece) most = std::max(most, largest[piece]);

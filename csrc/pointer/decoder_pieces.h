@@ -1,6 +1,6 @@
-// How the source positions are cut for the attention of a step: pieces of at most kPiece positions of one row.
-// They depend on the mask alone, and sums over pieces are taken in their order: results do not depend on the
-// number of threads.
+// How the source positions are cut for the attention of a step: pieces of at most kPiece positions of one
+// row. They depend on the mask alone, and sums over pieces are taken in their order: results do not depend on
+// the number of threads.
 #pragma once
 #include "decoder.h"
 #include "decoder_products.h"
@@ -29,8 +29,8 @@ struct Pieces {
   }
 };
 
-// tanh y = 1 - 2 / (1 + 2^(c y)): an absolute error of 1e-7, which is all that a sum of tanh can keep, for three
-// quarters of the cost of a tanh that is relatively right near 0.
+// tanh y = 1 - 2 / (1 + 2^(c y)): an absolute error of 1e-7, which is all that a sum of tanh can keep, for
+// three quarters of the cost of a tanh that is relatively right near 0.
 constexpr double kTanhExponent = 2 * 1.44269504088896340736;
 
 }  // namespace fastseq::FASTSEQ_ISA::decoder

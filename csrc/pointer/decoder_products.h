@@ -1,6 +1,7 @@
 // The products of a step: few rows (the batch) times a weight matrix, which is read once for all of them and
-// where it lies, since packing it would cost a decoding step more than the product. Rows are anywhere in memory.
-// A step moves rows + weights bytes once, and does 2*rows*K*N FLOPs: with 4 rows it is at the speed of L2 and L3.
+// where it lies, since packing it would cost a decoding step more than the product. Rows are anywhere in
+// memory. A step moves rows + weights bytes once, and does 2*rows*K*N FLOPs: with 4 rows it is at the speed
+// of L2 and L3.
 #pragma once
 #include <algorithm>
 
@@ -117,8 +118,7 @@ template <class V, class R, class In, class From, class To>
 void columns(int64_t rows, int64_t c0, int64_t c1, const In& in, int64_t step, const R* w, int64_t ld,
              int64_t K, const From& from, const To& to) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    columns_of_rows<V, kRows>(r, c0, c1, in, step, w, ld, K, from, to);
+  for (; r + kRows <= rows; r += kRows) columns_of_rows<V, kRows>(r, c0, c1, in, step, w, ld, K, from, to);
   for (; r < rows; ++r) columns_of_rows<V, 1>(r, c0, c1, in, step, w, ld, K, from, to);
 }
 

@@ -1,5 +1,6 @@
-// The rows' part of the negative log-likelihood: which rows need the vocabulary, what each row can copy, and how the
-// two are mixed. In float64, O(S) a row; the vocabulary's part, which is all of the cost, is nll_tiles.cpp.
+// The rows' part of the negative log-likelihood: which rows need the vocabulary, what each row can copy, and
+// how the two are mixed. In float64, O(S) a row; the vocabulary's part, which is all of the cost, is
+// nll_tiles.cpp.
 #include "nll.h"
 
 #include <cmath>
@@ -115,7 +116,8 @@ class Loss {
     row.mass = target.log(), row.everything = all.log();
   }
 
-  // ---- the vocabulary ----------------------------------------------------------------------------------------------
+  // ---- the vocabulary
+  // ----------------------------------------------------------------------------------------------
 
   void go_through_vocabulary() {
     if (g && needed_.empty()) {
@@ -171,7 +173,8 @@ class Loss {
 
   int64_t rows_of(int64_t b) const { return first_[b + 1] - first_[b]; }
 
-  // ---- mixing ------------------------------------------------------------------------------------------------------
+  // ---- mixing
+  // ------------------------------------------------------------------------------------------------------
 
   void finish_rows() {
     run_tasks(parallel, tasks(tiles_.N), [&](int64_t task) {
@@ -206,9 +209,9 @@ class Loss {
                                forbidden_, mixing);
     row.value = (1 - p.smoothing) * row.value + p.smoothing * smoothed.value;
     if (p.z_loss != 0) row.value += p.z_loss * mixing.lse * mixing.lse;
-    differentiate(row, n, mixing, log_p, own, (1 - p.smoothing) * own + p.smoothing * smoothed.generated, gate);
-    if (g)
-      smoothed.differentiate(share(row), mixing.log_not_gate, grad_copy(row), logits, rows_of(row.b));
+    differentiate(row, n, mixing, log_p, own, (1 - p.smoothing) * own + p.smoothing * smoothed.generated,
+                  gate);
+    if (g) smoothed.differentiate(share(row), mixing.log_not_gate, grad_copy(row), logits, rows_of(row.b));
   }
 
   R* grad_copy(const Row& row) const { return g->copy + (row.b * p.T + row.t) * p.S; }
@@ -220,9 +223,10 @@ class Loss {
     return smoothing_ && !dead(row) ? row.weight * p.smoothing / double(p.V) : 0;
   }
 
-  // own: the probability that the target was generated and not copied; generated: the same with label smoothing.
-  void differentiate(const Row& row, int64_t n, const Mixing& mixing, double log_p, double own, double generated,
-                     double gate) {
+  // own: the probability that the target was generated and not copied; generated: the same with label
+  // smoothing.
+  void differentiate(const Row& row, int64_t n, const Mixing& mixing, double log_p, double own,
+                     double generated, double gate) {
     if (!g) return;
     if (dead(row)) {
       if (n >= 0) tiles_.scale[n] = tiles_.shift[n] = tiles_.at_target[n] = 0;
@@ -235,8 +239,8 @@ class Loss {
       const double alpha = w * pull;
       tiles_.scale[n] = R(alpha / tiles_.sum[n]), tiles_.shift[n] = R(share(row));
       // alpha * softmax - target * own, where both may be nearly the same
-      tiles_.at_target[n] = R(alpha * std::expm1(tiles_.target_logit[n] - mixing.lse) + (alpha - target * own) -
-                              share(row));
+      tiles_.at_target[n] =
+          R(alpha * std::expm1(tiles_.target_logit[n] - mixing.lse) + (alpha - target * own) - share(row));
     }
     copy_gradient(row, mixing, log_p, target);
     if (p.gate) g->gate[row.b * p.T + row.t] = R(w * (1 / (1 + std::exp(-gate)) - generated));

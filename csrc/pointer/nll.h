@@ -1,5 +1,5 @@
-// The pointer-generator's and CopyNet's negative log-likelihood on raw pointers: what registration, kernels and tests
-// share. Mathematics: fastseq/ops/pointer/nll/__init__.py.
+// The pointer-generator's and CopyNet's negative log-likelihood on raw pointers: what registration, kernels
+// and tests share. Mathematics: fastseq/ops/pointer/nll/__init__.py.
 #pragma once
 #include "../common/half.h"
 #include "../common/parallel.h"
@@ -30,7 +30,8 @@ struct Nll {
   double smoothing, z_loss;
 };
 
-// Written whole, all dense. `weights`: null, or (B,T); the gradients are those of `total`, their weighted sum.
+// Written whole, all dense. `weights`: null, or (B,T); the gradients are those of `total`, their weighted
+// sum.
 template <class R>
 struct NllGradients {
   const R* weights;

@@ -1,5 +1,5 @@
-// Label smoothing over the mixture: only the words of a sentence's source differ from the vocabulary's share, so
-// sum_v log p(v) is a sum of logits and a correction at each of those words.
+// Label smoothing over the mixture: only the words of a sentence's source differ from the vocabulary's share,
+// so sum_v log p(v) is a sum of logits and a correction at each of those words.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,9 @@
 
 namespace fastseq::pointer {
 
-inline double log_sigmoid(double x) { return x >= 0 ? -std::log1p(std::exp(-x)) : x - std::log1p(std::exp(x)); }
+inline double log_sigmoid(double x) {
+  return x >= 0 ? -std::log1p(std::exp(-x)) : x - std::log1p(std::exp(x));
+}
 
 inline double log_add(double a, double b) {
   const double high = a > b ? a : b, low = a > b ? b : a;
@@ -19,8 +21,9 @@ inline double log_add(double a, double b) {
 
 // The words of one sentence's source that are in the vocabulary, each once, ascending; of each its positions.
 struct SourceWords {
-  std::vector<int64_t> ids, begin, positions;  // word k is at positions[begin[k]] ... positions[begin[k + 1] - 1]
-  int64_t forbidden = 0;                       // of the words, those with a bias of -inf
+  std::vector<int64_t> ids, begin,
+      positions;          // word k is at positions[begin[k]] ... positions[begin[k + 1] - 1]
+  int64_t forbidden = 0;  // of the words, those with a bias of -inf
 
   template <class R>
   SourceWords(const Nll<R>& p, int64_t b) {
@@ -43,12 +46,12 @@ struct Mixing {
   double log_gate, log_not_gate, lse;
 };
 
-// The smoothing term of one row: value = -(1/V) sum_v log p(v); generated, the mean over all words of the probability
-// that the word was generated and not copied.
+// The smoothing term of one row: value = -(1/V) sum_v log p(v); generated, the mean over all words of the
+// probability that the word was generated and not copied.
 class SmoothedRow {
  public:
-  // `logits`: of the source's words, `stride` apart; `logit_sum`: of all words that are not forbidden, of which there
-  // are `forbidden`.
+  // `logits`: of the source's words, `stride` apart; `logit_sum`: of all words that are not forbidden, of
+  // which there are `forbidden`.
   template <class R>
   SmoothedRow(const Nll<R>& p, const SourceWords& words, const R* copy, const R* logits, int64_t stride,
               double logit_sum, int64_t forbidden, const Mixing& mixing)
@@ -69,8 +72,9 @@ class SmoothedRow {
     generated = 1 - copied / V;
   }
 
-  // Adds the term's gradient to that of the attention, and turns the logits of the source's words into what must be
-  // added to the gradient of theirs; `each` is the row's weight times the share of one word, 0 for no gradient.
+  // Adds the term's gradient to that of the attention, and turns the logits of the source's words into what
+  // must be added to the gradient of theirs; `each` is the row's weight times the share of one word, 0 for no
+  // gradient.
   template <class R>
   void differentiate(double each, double log_not_gate, R* grad_copy, R* logits, int64_t stride) const {
     for (int64_t k = 0; k < words_.count(); ++k) {

@@ -1,16 +1,17 @@
-// A weighted cross-entropy over V words for N rows, by tiles of words, so that logits never leave the second level
-// cache.
+// A weighted cross-entropy over V words for N rows, by tiles of words, so that logits never leave the second
+// level cache.
 //
-// Work: the logits are computed twice, so 2 N H V multiply-adds for the values' pass and the gradient's logits, and 2
-// more for the gradients of hidden and weight: 4 N H V, where keeping the logits would need 3 and 4 N V bytes. The
-// panels of gemm.h run at 85 to 93 % of the peak of a core, a library's products of these shapes at half of that, so
-// four cost less than its three. Rows in chunks, all words at a time, need 3 N H V, but go through weight twice and
-// through its gradient once for each chunk: at 8 MiB of logits, 30 rows of 50k words, that is 2.8 GB for 400 rows.
-// Traffic here: weight is read twice, its gradient written once, 12 V H bytes in float32. Exponentials: 2 N V.
+// Work: the logits are computed twice, so 2 N H V multiply-adds for the values' pass and the gradient's
+// logits, and 2 more for the gradients of hidden and weight: 4 N H V, where keeping the logits would need 3
+// and 4 N V bytes. The panels of gemm.h run at 85 to 93 % of the peak of a core, a library's products of
+// these shapes at half of that, so four cost less than its three. Rows in chunks, all words at a time, need 3
+// N H V, but go through weight twice and through its gradient once for each chunk: at 8 MiB of logits, 30
+// rows of 50k words, that is 2.8 GB for 400 rows. Traffic here: weight is read twice, its gradient written
+// once, 12 V H bytes in float32. Exponentials: 2 N V.
 //
-// Memory: hidden twice, packed (8 N H bytes); a sum of hidden's gradient for each slot (4 N H bytes each); about 1 MiB
-// a thread. Tiles are dealt to slots, and slots added up in order; neither depends on the number of threads, so
-// results are the same bits for any number of them.
+// Memory: hidden twice, packed (8 N H bytes); a sum of hidden's gradient for each slot (4 N H bytes each);
+// about 1 MiB a thread. Tiles are dealt to slots, and slots added up in order; neither depends on the number
+// of threads, so results are the same bits for any number of them.
 #include "nll_tiles.h"
 
 #include <algorithm>
@@ -66,17 +67,20 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
-constexpr int64_t kRowsAtOnce = 512;   // of which a tile's logits are held
-constexpr int64_t kSumBytes = 5 << 19;  // for the slots' sums of hidden's gradient, where 2 a processor are fewer
+constexpr int64_t kRowsAtOnce = 512;  // of which a tile's logits are held
+constexpr int64_t kSumBytes =
+    5 << 19;  // for the slots' sums of hidden's gradient, where 2 a processor are fewer
 constexpr int64_t kFirstSlots = 32;
 
-// What this machine could run at once. A property of the machine, unlike torch's thread count: slots may depend on it.
+// What this machine could run at once. A property of the machine, unlike torch's thread count: slots may
+// depend on it.
 int64_t processors() {
   static const int64_t n = std::max(1u, std::thread::hardware_concurrency());
   return n;
 }
 
-// Rows that lie 64 * (an odd number) bytes apart: elements of one column are then in different sets of a cache.
+// Rows that lie 64 * (an odd number) bytes apart: elements of one column are then in different sets of a
+// cache.
 template <class E>
 int64_t apart(int64_t columns) {
   return (round_up(columns * int64_t(sizeof(E)), 64) / 64 | 1) * 64 / int64_t(sizeof(E));
@@ -103,7 +107,8 @@ class Tiler {
     pack_hidden();
   }
 
-  // ---- first pass: largest logit and sum of exponentials -----------------------------------------------------------
+  // ---- first pass: largest logit and sum of exponentials
+  // -----------------------------------------------------------
 
   void normalize() {
     const int64_t slots = std::min(count, kFirstSlots);
@@ -136,7 +141,8 @@ class Tiler {
     }
   }
 
-  // ---- second pass: gradients --------------------------------------------------------------------------------------
+  // ---- second pass: gradients
+  // --------------------------------------------------------------------------------------
 
   void differentiate() {
     const int64_t width = padded(t.H), row_sums = t.N * width;
@@ -183,13 +189,14 @@ class Tiler {
           bias(kWords) {}
     const int64_t rows, ld;
     const Buffer<S> converted, panels;
-    const Buffer<R> z;         // logits, then their gradient: [word][row]
-    const Buffer<E> by_word;   // the gradient as elements along the rows: [word][row / 2]
-    const Buffer<E> by_row;    // and along the words: [word / 2][row]
+    const Buffer<R> z;        // logits, then their gradient: [word][row]
+    const Buffer<E> by_word;  // the gradient as elements along the rows: [word][row / 2]
+    const Buffer<E> by_row;   // and along the words: [word / 2][row]
     const Buffer<R> weight, bias;
   };
 
-  // ---- operands ----------------------------------------------------------------------------------------------------
+  // ---- operands
+  // ----------------------------------------------------------------------------------------------------
 
   static S scalar(R x) {
     if constexpr (kSteps == 2)
@@ -223,9 +230,9 @@ class Tiler {
   Tile tile_at(int64_t i, S* converted) const {
     const int64_t first = i * kWords, words = std::min(kWords, t.V - first);
     const R* bias = t.bias ? t.bias + first : nullptr;
-    const bool same = t.weight_type == (kSteps == 2                        ? Type::bf16
-                                        : std::is_same_v<R, double>        ? Type::f64
-                                                                           : Type::f32) &&
+    const bool same = t.weight_type == (kSteps == 2                 ? Type::bf16
+                                        : std::is_same_v<R, double> ? Type::f64
+                                                                    : Type::f32) &&
                       (kSteps == 2 || t.hidden_type == t.weight_type);
     const S* there = static_cast<const S*>(t.weight) + first * t.H;
     if (same && t.H % kSteps == 0 && reinterpret_cast<uintptr_t>(there) % alignof(E) == 0)
@@ -233,6 +240,15 @@ class Tiler {
     const int64_t stride = steps(t.H) * kSteps;
     std::vector<R> row(stride);
     for (int64_t v = 0; v < words; ++v) {
+      if constexpr (kSteps == 2) {
+        if (t.weight_type == Type::f32) {  // the usual case, without a detour
+          const float* from = static_cast<const float*>(t.weight) + (first + v) * t.H;
+          uint16_t* to = converted + v * stride;
+          for (int64_t h = 0; h < t.H; ++h) to[h] = float_to_bf16(from[h]);
+          if (stride > t.H) to[t.H] = 0;
+          continue;
+        }
+      }
       crf::load_row({t.weight, t.weight_type, 1, t.V, t.H, 0, t.H}, 0, first + v, row.data());
       S* out = converted + v * stride;
       if (kSteps == 1 && t.hidden_type == Type::bf16)
@@ -271,7 +287,8 @@ class Tiler {
 
   static const E* elements(const S* p) { return reinterpret_cast<const E*>(p); }
 
-  // ---- logits ------------------------------------------------------------------------------------------------------
+  // ---- logits
+  // ------------------------------------------------------------------------------------------------------
 
   // z[v * ld + n] for the tile's words and the rows of panel p, without bias.
   void logits(const Tile& tile, int64_t p, R* z, int64_t ld) const {
@@ -307,8 +324,8 @@ class Tiler {
     });
   }
 
-  // Adds the exponentials of a panel's logits to the sums of its rows. A row's sums are in float64: of a tile at a
-  // time, so that this costs nothing.
+  // Adds the exponentials of a panel's logits to the sums of its rows. A row's sums are in float64: of a tile
+  // at a time, so that this costs nothing.
   void add_up(const Tile& tile, int64_t p, R* z, R* largest, double* sum, double* logit_sum) const {
     const int64_t begin = p * kPanel<E>, rows = std::min(t.N - begin, int64_t(kPanel<E>));
     R top[kPanel<E>], exponentials[kPanel<E>], plain[kPanel<E>];
@@ -337,7 +354,8 @@ class Tiler {
     }
   }
 
-  // ---- gradients ---------------------------------------------------------------------------------------------------
+  // ---- gradients
+  // ---------------------------------------------------------------------------------------------------
 
   // Rows are taken in blocks of like size, whole panels each but the last.
   int64_t rows_at_once() const {
@@ -439,21 +457,23 @@ class Tiler {
         multiply<E, Rows::contiguous>(tile.words, vectors,
                                       {std::min(kDepth, steps(rows) - k), by_word + k, s.ld,
                                        x + k * vectors * kLanes<E>, s.weight + column, width, begin + k > 0});
-      multiply<E, Rows::strided>(rows, vectors,
-                                 {steps(tile.words), by_row, s.ld,
-                                  elements(s.panels) + column * steps(tile.words),
-                                  hidden + begin * width + column, width, true});
+      multiply<E, Rows::strided>(
+          rows, vectors,
+          {steps(tile.words), by_row, s.ld, elements(s.panels) + column * steps(tile.words),
+           hidden + begin * width + column, width, true});
     }
   }
 
   Tiles<R>& t;
   const ParallelFor& parallel;
-  const int64_t count;                    // of tiles
-  const Buffer<E> x_depth_h, x_depth_n;  // hidden as panels of rows with depth H, and of columns of H with depth N
+  const int64_t count;  // of tiles
+  const Buffer<E> x_depth_h,
+      x_depth_n;  // hidden as panels of rows with depth H, and of columns of H with depth N
 };
 
 template <class E>
-void run(Tiles<typename Element<E>::Sum>& tiles, const std::function<void()>& between, const ParallelFor& parallel) {
+void run(Tiles<typename Element<E>::Sum>& tiles, const std::function<void()>& between,
+         const ParallelFor& parallel) {
   Tiler<E> tiler(tiles, parallel);
   tiler.normalize();
   between();

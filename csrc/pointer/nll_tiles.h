@@ -1,5 +1,6 @@
 // The vocabulary's part of the negative log-likelihood: what the row part (nll_rows.h) hands to the tiles
-// (nll_tiles.cpp) and gets back. The tiles know nothing of copying: to them the loss is a weighted cross-entropy.
+// (nll_tiles.cpp) and gets back. The tiles know nothing of copying: to them the loss is a weighted
+// cross-entropy.
 #pragma once
 #include <functional>
 #include <vector>
@@ -14,8 +15,8 @@ struct TargetWord {
   int64_t word, row;
 };
 
-// A source word's logits in rows first .. first + count, read in the first pass; in the second, what to add there to
-// the gradient.
+// A source word's logits in rows first .. first + count, read in the first pass; in the second, what to add
+// there to the gradient.
 template <class R>
 struct SourceWord {
   int64_t word, first, count;
@@ -27,7 +28,8 @@ struct Tiles {
   int64_t N = 0, H, V;  // N rows, all of which need the vocabulary
   const void* hidden;
   Type hidden_type;
-  std::vector<int64_t> hidden_at, flat;  // row n of hidden begins at element hidden_at[n]; it is number flat[n] of all
+  std::vector<int64_t> hidden_at,
+      flat;  // row n of hidden begins at element hidden_at[n]; it is number flat[n] of all
   const void* weight;
   Type weight_type;
   const R* bias;
@@ -50,12 +52,12 @@ struct Tiles {
 
 namespace fastseq {
 
-#define FASTSEQ_DECLARE(isa)                                                                    \
-  namespace isa {                                                                               \
+#define FASTSEQ_DECLARE(isa)                                                                     \
+  namespace isa {                                                                                \
   /* The first pass; `between`, which turns its results into what the second needs; and that. */ \
-  template <class R>                                                                            \
+  template <class R>                                                                             \
   void run_tiles(pointer::Tiles<R>& tiles, const std::function<void()>& between,                 \
-                 const ParallelFor& parallel_for);                                              \
+                 const ParallelFor& parallel_for);                                               \
   }
 FASTSEQ_DECLARE(baseline)
 FASTSEQ_DECLARE(avx2)

@@ -25,12 +25,14 @@ class Arguments {
 
   const R* get(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
     bool ok = t.scalar_type() == kType && t.dim() == int64_t(shape.size());
-    std::string wanted;
+    std::string wanted = name;
+    wanted += ": wanted (";
     for (size_t i = 0; i < shape.size(); ++i) {
       ok = ok && t.size(int64_t(i)) == shape.begin()[i];
-      wanted += (i ? "," : "") + std::to_string(shape.begin()[i]);
+      if (i) wanted += ",";
+      wanted += std::to_string(shape.begin()[i]);
     }
-    check(ok, std::string(name) + ": wanted (" + wanted + ") of the type of inputs");
+    check(ok, wanted + ") of the type of inputs");
     kept.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
     return static_cast<const R*>(kept.back().const_data_ptr());
   }
@@ -45,7 +47,8 @@ class Arguments {
 SourcePositions positions_on(const Optional& mask, int64_t Bm, int64_t S) {
   SourcePositions on;
   if (mask)
-    check(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == Bm && mask->size(1) == S,
+    check(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == Bm &&
+              mask->size(1) == S,
           "mask: wanted bool (B,S) as in memory");
   const bool* flags = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
   const int64_t step_b = mask ? mask->stride(0) : 0, step_s = mask ? mask->stride(1) : 0;
@@ -58,13 +61,13 @@ SourcePositions positions_on(const Optional& mask, int64_t Bm, int64_t S) {
   return on;
 }
 
-#define DECODER_INPUTS                                                                                      \
-  const Tensor &inputs, const Tensor &memory, const Tensor &features, const Optional &mask,                 \
-      const Tensor &hidden, const Tensor &cell, const Tensor &context, const Tensor &coverage,              \
-      const Tensor &w_context, const Tensor &w_ih, const Tensor &w_hh, const Tensor &bias,                  \
+#define DECODER_INPUTS                                                                         \
+  const Tensor &inputs, const Tensor &memory, const Tensor &features, const Optional &mask,    \
+      const Tensor &hidden, const Tensor &cell, const Tensor &context, const Tensor &coverage, \
+      const Tensor &w_context, const Tensor &w_ih, const Tensor &w_hh, const Tensor &bias,     \
       const Tensor &w_query, const Tensor &b_query, const Optional &w_coverage, const Tensor &v
-#define DECODER_ARGUMENTS                                                                                   \
-  inputs, memory, features, mask, hidden, cell, context, coverage, w_context, w_ih, w_hh, bias, w_query,    \
+#define DECODER_ARGUMENTS                                                                                \
+  inputs, memory, features, mask, hidden, cell, context, coverage, w_context, w_ih, w_hh, bias, w_query, \
       b_query, w_coverage, v
 
 template <class R>
@@ -82,13 +85,22 @@ struct Inputs {
         decoder(make(DECODER_ARGUMENTS)) {}
 
  private:
-  Decoder<R> make(DECODER_INPUTS) {
+  Decoder<R> make(DECODER_INPUTS) {  // the mask is in `on`
+    static_cast<void>(mask);
     const int64_t B = inputs.size(0), T = inputs.size(1), E = inputs.size(2), Bm = memory.size(0),
                   S = memory.size(1), M = memory.size(2), A = features.size(2), H = hidden.size(1);
     check(B == Bm || (Bm > 0 && B % Bm == 0), "memory: wanted rows that divide the rows of inputs, got " +
                                                   std::to_string(Bm) + " for " + std::to_string(B));
     auto& a = arguments;
-    return {B, Bm, T, S, E, H, M, A, on,
+    return {B,
+            Bm,
+            T,
+            S,
+            E,
+            H,
+            M,
+            A,
+            on,
             a.get(inputs, "inputs", {B, T, E}),
             a.get(memory, "memory", {Bm, S, M}),
             a.get(features, "features", {Bm, S, A}),
@@ -113,7 +125,9 @@ template <class R>
 Seven forward(DECODER_INPUTS) {
   const Inputs<R> in(DECODER_ARGUMENTS);
   const Decoder<R>& d = in.decoder;
-  const auto make = [&](std::initializer_list<int64_t> sizes) { return empty(inputs, sizes, Arguments<R>::kType); };
+  const auto make = [&](std::initializer_list<int64_t> sizes) {
+    return empty(inputs, sizes, Arguments<R>::kType);
+  };
   Tensor x = make({d.B, d.T, d.E}), hiddens = make({d.B, d.T, d.H}), cells = make({d.B, d.T, d.H}),
          contexts = make({d.B, d.T, d.M}), attention = make({d.B, d.T, d.S}), cover = make({d.B, d.S}),
          loss = make({d.B, d.T});
@@ -131,10 +145,10 @@ Seven pointer_decoder(DECODER_INPUTS) {
 using Eleven =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-#define DECODER_SAVED                                                                                         \
-  const Optional &grad_x, const Optional &grad_hiddens, const Optional &grad_cells,                           \
-      const Optional &grad_contexts, const Optional &grad_attention, const Optional &grad_coverage,           \
-      const Optional &grad_coverage_loss, DECODER_INPUTS, const Tensor &x, const Tensor &hiddens,             \
+#define DECODER_SAVED                                                                               \
+  const Optional &grad_x, const Optional &grad_hiddens, const Optional &grad_cells,                 \
+      const Optional &grad_contexts, const Optional &grad_attention, const Optional &grad_coverage, \
+      const Optional &grad_coverage_loss, DECODER_INPUTS, const Tensor &x, const Tensor &hiddens,   \
       const Tensor &cells, const Tensor &contexts, const Tensor &attention
 
 template <class R>
@@ -161,24 +175,26 @@ Eleven backward(DECODER_SAVED) {
          d_memory = make({B, d.S, d.M}), d_features = make({B, d.S, d.A}), d_hidden = make({B, d.H}),
          d_cell = make({B, d.H}), d_context = make({B, d.M}), d_coverage = make({B, d.S}),
          d_w_coverage = make({w_coverage ? d.A : 0}), d_v = make({d.A});
-  const DecoderGradients<R> out{data<R>(d_inputs),   data<R>(d_gates),      data<R>(d_query),
-                                data<R>(d_memory),   data<R>(d_features),   data<R>(d_hidden),
-                                data<R>(d_cell),     data<R>(d_context),    data<R>(d_coverage),
+  const DecoderGradients<R> out{data<R>(d_inputs),     data<R>(d_gates),    data<R>(d_query),
+                                data<R>(d_memory),     data<R>(d_features), data<R>(d_hidden),
+                                data<R>(d_cell),       data<R>(d_context),  data<R>(d_coverage),
                                 data<R>(d_w_coverage), data<R>(d_v)};
   FASTSEQ_SELECT(decoder_backward<R>)(d, saved, out, torch_parallel_for);
-  return {d_inputs, d_gates, d_query, d_memory, d_features, d_hidden, d_cell, d_context, d_coverage, d_w_coverage,
-          d_v};
+  return {d_inputs, d_gates,   d_query,    d_memory,     d_features, d_hidden,
+          d_cell,   d_context, d_coverage, d_w_coverage, d_v};
 }
 
 Eleven pointer_decoder_grad(DECODER_SAVED) {
   const auto run = inputs.scalar_type() == ScalarType::Double ? &backward<double> : &backward<float>;
-  return run(grad_x, grad_hiddens, grad_cells, grad_contexts, grad_attention, grad_coverage, grad_coverage_loss,
-             DECODER_ARGUMENTS, x, hiddens, cells, contexts, attention);
+  return run(grad_x, grad_hiddens, grad_cells, grad_contexts, grad_attention, grad_coverage,
+             grad_coverage_loss, DECODER_ARGUMENTS, x, hiddens, cells, contexts, attention);
 }
 
-#define DECODER_SCHEMA                                                                                       \
-  "Tensor inputs, Tensor memory, Tensor features, Tensor? mask, Tensor hidden, Tensor cell, Tensor context, " \
-  "Tensor coverage, Tensor w_context, Tensor w_ih, Tensor w_hh, Tensor bias, Tensor w_query, Tensor b_query, " \
+#define DECODER_SCHEMA                                                                                \
+  "Tensor inputs, Tensor memory, Tensor features, Tensor? mask, Tensor hidden, Tensor cell, Tensor "  \
+  "context, "                                                                                         \
+  "Tensor coverage, Tensor w_context, Tensor w_ih, Tensor w_hh, Tensor bias, Tensor w_query, Tensor " \
+  "b_query, "                                                                                         \
   "Tensor? w_coverage, Tensor v"
 
 }  // namespace
@@ -188,7 +204,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastseq_cpu, m) {
   m.def(
       "pointer_decoder_grad(Tensor? grad_x, Tensor? grad_hiddens, Tensor? grad_cells, Tensor? grad_contexts, "
       "Tensor? grad_attention, Tensor? grad_coverage, Tensor? grad_coverage_loss, " DECODER_SCHEMA
-      ", Tensor x, Tensor hiddens, Tensor cells, Tensor contexts, Tensor attention) -> (Tensor, Tensor, Tensor, "
+      ", Tensor x, Tensor hiddens, Tensor cells, Tensor contexts, Tensor attention) -> (Tensor, Tensor, "
+      "Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

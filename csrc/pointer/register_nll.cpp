@@ -1,4 +1,5 @@
-// The torch ops fastseq_cpu::pointer_nll and pointer_nll_grad: tensors to raw pointers and back, nothing else.
+// The torch ops fastseq_cpu::pointer_nll and pointer_nll_grad: tensors to raw pointers and back, nothing
+// else.
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -119,8 +120,8 @@ struct Arguments {
       for (int64_t t = 0; t < problem.T; ++t) {
         const int64_t y = problem.target[b * problem.target_b + t * problem.target_t];
         if (y < 0 && y != problem.ignore_index)
-          check(false, "target_ids: got the id " + std::to_string(y) + ", wanted 0 or more, or ignore_index = " +
-                           std::to_string(problem.ignore_index));
+          check(false, "target_ids: got the id " + std::to_string(y) +
+                           ", wanted 0 or more, or ignore_index = " + std::to_string(problem.ignore_index));
       }
     }
   }
@@ -172,8 +173,8 @@ Results pointer_nll_grad(const Tensor& hidden, const Tensor& weight, const std::
 
 }  // namespace
 
-#define POINTER_NLL                                                                                          \
-  "Tensor hidden, Tensor weight, Tensor? bias, Tensor copy, Tensor? gate, Tensor source_ids, Tensor "        \
+#define POINTER_NLL                                                                                   \
+  "Tensor hidden, Tensor weight, Tensor? bias, Tensor copy, Tensor? gate, Tensor source_ids, Tensor " \
   "target_ids, int ignore_index, float label_smoothing, float z_loss"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastseq_cpu, m) {

@@ -13,6 +13,7 @@
 #include "crf/cuda/nll.cuh"
 #include "crf/cuda/viterbi.cuh"
 #include "pointer/cuda/decoder_launch.cuh"
+#include "pointer/cuda/distribution.cuh"
 
 namespace {
 
@@ -55,6 +56,13 @@ void add_decoder() {
   launches["decoder_reduce_kernel"] = {kOutputs * kSlices, kOutputs * kSlices * int(sizeof(double))};
 }
 
+void add_distribution() {
+  using namespace fastseq::pointer::cuda::mixing;
+  launches["distribution_order_kernel"] = {kThreads, kTile * int(sizeof(int64_t))};
+  launches["distribution_kernel"] =
+      launches["distribution_grad_kernel"] = {kThreads, kScratch * int(sizeof(double))};
+}
+
 }  // namespace
 
 int main() {
@@ -71,6 +79,7 @@ int main() {
     add_viterbi<fastseq::cuda::f16, float>(K);
   }
   add_decoder();
+  add_distribution();
   for (const auto& [name, launch] : launches)
     std::printf("%s;%d;%d\n", name.c_str(), launch.threads, launch.shared);
 }

@@ -31,10 +31,11 @@ from typing import NamedTuple
 
 import planted
 import planted_decoder
+import planted_distribution
 from planted import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-MUTANTS = [*planted.MUTANTS, *planted_decoder.MUTANTS]
+MUTANTS = [*planted.MUTANTS, *planted_decoder.MUTANTS, *planted_distribution.MUTANTS]
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++20", "-DFASTSEQ_EMULATE", "-DFASTSEQ_TEST_FLOAT_ALONE", "-Wno-unknown-pragmas"]
 # Compiling takes longer than running up to the first failure, but for the sanitizers.

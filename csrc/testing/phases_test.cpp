@@ -1,5 +1,5 @@
-// phases.h: every task once, and none before all of the phase before have ended, for more, fewer and no threads
-// at a time. Under the thread sanitizer: what one phase writes, the next may read.
+// phases.h: every task once, and none before all of the phase before have ended, for more, fewer and no
+// threads at a time. Under the thread sanitizer: what one phase writes, the next may read.
 #include "common/phases.h"
 
 #include <vector>

@@ -78,7 +78,7 @@ MUTANTS = [
         "positions.second[p] = coverage;",
     ),
     _bug(
-        "scores-barrier",
+        "energies-barrier",
         "attention is made of scores of which some are not yet written",
         "forward",
         "if (part() == 0) positions.first[p] = sum; } __syncthreads();",
@@ -129,7 +129,7 @@ MUTANTS = [
     ),
     _bug(
         "piece-barrier",
-        "a piece's sums are overwritten by those of the next while they are still read: right numbers, but for luck",
+        "a piece's sums are overwritten by those of the next while they are still read",
         "sweep",
         "store(out.query + at(t, n.A) + k, sum); } __syncthreads(); } }",
         "store(out.query + at(t, n.A) + k, sum); } } __syncthreads(); }",
@@ -144,7 +144,7 @@ MUTANTS = [
     ),
     # ---- decoder_positions.cuh
     _bug(
-        "tile-barrier",
+        "steps-barrier",
         "the next steps are staged while some threads still read these",
         "positions",
         "__syncthreads(); // whoever still reads the steps before",

@@ -182,10 +182,10 @@ void test(DecoderProblem p, unsigned seed, int64_t differences = quick ? 12 : 30
 
 // B, Bm, T, S, E, H, M, A: one of everything; more than 64 rows of a matrix, 256 and 512 columns, 128 columns
 // of features, 8 and 32 positions, 32 steps.
-const std::vector<Sizes> kSizes = {{3, 3, 3, 9, 3, 4, 5, 6},        {1, 1, 1, 1, 1, 1, 1, 1},
-                                   {2, 2, 3, 37, 9, 8, 33, 40},     {2, 2, 34, 5, 2, 3, 4, 5},
-                                   {2, 2, 2, 70, 33, 70, 65, 140},  {1, 1, 2, 3, 2, 2, 600, 4},
-                                   {1, 1, 2, 130, 70, 17, 100, 300}};
+const std::vector<Sizes> kSizes = {{3, 3, 3, 9, 3, 4, 5, 6},   {1, 1, 2, 37, 2, 3, 4, 140},
+                                   {1, 1, 1, 1, 1, 1, 1, 1},   {2, 2, 3, 37, 9, 8, 33, 40},
+                                   {2, 2, 34, 5, 2, 3, 4, 5},  {2, 2, 2, 70, 33, 70, 65, 140},
+                                   {1, 1, 2, 3, 2, 2, 600, 4}, {1, 1, 2, 130, 70, 17, 100, 300}};
 constexpr Mask kMasks[] = {Mask::holes, Mask::none, Mask::right, Mask::one_empty};
 
 void test_sizes() {
@@ -193,7 +193,8 @@ void test_sizes() {
   for (const Sizes& size : kSizes) {
     for (Mask mask : kMasks) {
       const unsigned seed = n++;
-      if (quick ? seed >= 2 : size.S > 20 && seed % 4 != emulator::settings().seed % 4 && seed % 4 != 3)
+      if (quick ? seed > 1 && seed != 5
+                : size.S > 20 && seed % 4 != emulator::settings().seed % 4 && seed % 4 != 3)
         continue;
       context() = "S " + std::to_string(size.S) + ", T " + std::to_string(size.T) + ", A " +
                   std::to_string(size.A) + ", mask " + std::to_string(int(mask));

@@ -140,15 +140,15 @@ void test_large_ids() {
   }
 }
 
-// The formula at the top of distribution.cuh.
+// The formula at the top of distribution.cuh; and the gate and a flag, which each thread reads, all at once.
 void test_traffic() {
-  context() = "traffic";
-  const MixtureProblem p({1, 2, 3000, 50, 4}, Type::f32, 2);
+  const MixtureProblem p({1, 2, 6000, 50, 4}, Type::f32, 2);
   const Output<float> got = check_as<float, float>(p);
-  const double rows = 2, V = 3000, P = 50;
+  context() = "traffic";
+  const double rows = 2, V = 6000, P = 50, all = device::mixing::kThreads;
   const auto moved = [](const emulator::Counters& c) { return double(c.bytes_read + c.bytes_written); };
-  CHECK_CLOSE(moved(got.forward), rows * (2 * 4 * V + 4 * (V + 4) + 40 * P), 0.01);
-  CHECK_CLOSE(moved(got.backward), rows * (2 * 8 * V + 4 * V + 32 * P), 0.01);
+  CHECK_CLOSE(moved(got.forward), rows * (2 * 4 * V + 4 * (V + 4) + 52 * P + 5 * all) + 36 * P, 0.01);
+  CHECK_CLOSE(moved(got.backward), rows * (2 * 8 * V + 4 * V + 32 * P + 4 * all), 0.01);
 }
 
 void run_all() {

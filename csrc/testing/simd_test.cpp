@@ -29,7 +29,8 @@ template <class R>
 std::vector<R> arguments() {
   std::vector<R> x = {0, R(-0.0), 1, R(kInf), R(-kInf), R(NAN), std::numeric_limits<R>::max(), R(0.625)};
   for (int64_t i = 0; i < 400000; ++i) {
-    const double magnitude = std::ldexp(1 + double(i * 7919 % 10000) / 1e4, int(i % 40) - 32);  // 2^-32 .. 2^8
+    const double magnitude =
+        std::ldexp(1 + double(i * 7919 % 10000) / 1e4, int(i % 40) - 32);  // 2^-32 .. 2^8
     x.push_back(R(i % 2 ? magnitude : -magnitude));
   }
   return x;
@@ -38,8 +39,8 @@ std::vector<R> arguments() {
 template <class V, class F, class Want>
 void compare(const char* name, const F& f, const Want& want, double most) {
   using R = typename V::Scalar;
-  testing::context() = std::string(name) + " of " + std::to_string(V::W) + " lanes of " +
-                       std::to_string(sizeof(R)) + " bytes";
+  testing::context() =
+      std::string(name) + " of " + std::to_string(V::W) + " lanes of " + std::to_string(sizeof(R)) + " bytes";
   const std::vector<R> x = arguments<R>();
   for (size_t i = 0; i + V::W <= x.size(); i += V::W) {
     R y[V::W];
@@ -54,8 +55,9 @@ void test_functions() {
   compare<V>("exp", [](V x) { return vexp(x); }, [](double x) { return std::exp(x); }, 2);
   // As a float, exp of 89 is infinite: there, sigmoid is 0 where it could be 1e-39.
   const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
-  compare<V>("sigmoid", [](V x) { return V::where_less(x, V::set(-87), V::set(0), vsigmoid(x)); },
-             [&](double x) { return x < -87 ? 0 : sigmoid(x); }, 3);
+  compare<V>(
+      "sigmoid", [](V x) { return V::where_less(x, V::set(-87), V::set(0), vsigmoid(x)); },
+      [&](double x) { return x < -87 ? 0 : sigmoid(x); }, 3);
   R tiny[V::W];
   vsigmoid(V::set(-90)).store(tiny);
   CHECK(tiny[0] >= 0 && tiny[0] < 2e-38);
@@ -69,7 +71,8 @@ void test_functions() {
     CHECK(!(std::fabs(x) > 20) || std::fabs(up[0]) == 1);
     V::one_over_one_plus_exp2(V::set(x)).store(down);
     const double want = 1 / (1 + std::exp2(double(x)));
-    CHECK(std::isnan(x) ? std::isnan(down[0]) : std::fabs(down[0] - want) <= (sizeof(R) == 4 ? 1.2e-7 : 3e-16));
+    CHECK(std::isnan(x) ? std::isnan(down[0])
+                        : std::fabs(down[0] - want) <= (sizeof(R) == 4 ? 1.2e-7 : 3e-16));
   }
 }
 

@@ -268,10 +268,7 @@ class _Decoding:
             self.kept.append((attention, gate))
         attention, gate, source = model._copying(attention, gate, self.source)
         hidden = out.hidden.unflatten(0, shape).to(self.dtype)
-        result: tuple[Tensor, Tensor] = functional.pointer_generator_topk(
-            hidden, self.weight, self.bias, attention, gate, source, count
-        )
-        return result
+        return functional.pointer_generator_topk(hidden, self.weight, self.bias, attention, gate, source, count)
 
     def follow(self, rows: Tensor | None, beams: Tensor) -> None:
         """See `beam.Model`."""

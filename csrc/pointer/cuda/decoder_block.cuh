@@ -13,6 +13,7 @@
 namespace fastseq::pointer::cuda::decoding {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kBlocks = 1;  // on a multiprocessor: for two, some would have to spill registers
 constexpr int kGroup = 8, kGroups = kThreads / kGroup;  // lanes that share a row
 
 __device__ inline int rank() { return int(threadIdx.x); }

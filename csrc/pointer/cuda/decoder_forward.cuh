@@ -184,7 +184,7 @@ struct Forward {
 
 // A block a sequence. spare: Positions<R>::bytes a block, or null: they are in shared memory.
 template <class R>
-__global__ void __launch_bounds__(decoding::kThreads)
+__global__ void __launch_bounds__(decoding::kThreads, decoding::kBlocks)
     decoder_kernel(DecoderInputs<R> inputs, DecoderOutputs<R> outputs, char* spare) {
   FASTSEQ_DYNAMIC_SHARED(char, shared);
   char* positions = spare ? spare + blockIdx.x * decoding::Positions<R>::bytes(inputs.sizes.S)

@@ -117,7 +117,7 @@ constexpr int kOutputs = 32, kSlices = 16;
 
 // Launched with a block of kTileThreads for each sequence (x) and tile (y).
 template <class R>
-__global__ void __launch_bounds__(decoding::kTileThreads)
+__global__ void __launch_bounds__(decoding::kTileThreads, 2)
     decoder_positions_kernel(DecoderInputs<R> inputs, const R* attention, DecoderScratch<R> scratch,
                              R* memory, R* features) {
   using namespace decoding;

@@ -90,7 +90,7 @@ struct Recompute {
 
 // A block for each Recompute<R>::kSteps of the B*T steps.
 template <class R>
-__global__ void __launch_bounds__(decoding::kThreads)
+__global__ void __launch_bounds__(decoding::kThreads, decoding::kBlocks)
     decoder_recompute_kernel(DecoderInputs<R> inputs, DecoderSaved<R> saved, R* gates, R* queries) {
   FASTSEQ_DYNAMIC_SHARED(R, shared);
   const decoding::Recompute<R> block{inputs, saved, inputs.sizes, shared,

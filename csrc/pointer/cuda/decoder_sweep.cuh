@@ -258,7 +258,7 @@ struct Sweep {
 
 // A block a sequence. spare: Positions<R>::bytes a block, or null: they are in shared memory.
 template <class R>
-__global__ void __launch_bounds__(decoding::kThreads)
+__global__ void __launch_bounds__(decoding::kThreads, decoding::kBlocks)
     decoder_sweep_kernel(DecoderInputs<R> inputs, DecoderSaved<R> saved, DecoderArriving<R> arriving,
                          DecoderGradients<R> gradients, DecoderScratch<R> scratch, char* spare) {
   FASTSEQ_DYNAMIC_SHARED(char, shared);

@@ -10,10 +10,10 @@
 // order of each sum depends on the sizes alone, so the same bits come out in every run.
 //
 // Global memory traffic of a row, for s bytes a logit, r a result, P source positions: the mixture 2 s V + r
-// (V + num_oov), where s V + r (V + num_oov) is the least, the gradient 2 (s + r) V + s V, where (s + r) V +
-// s V is; what is read twice comes from L2 the second time, where the rows in flight fit. The copies add
-// about (2 r + 12) P for the mixture and (4 r + 16) P for the gradient. A sort costs P^2 comparisons, of ids
-// that lie in shared memory.
+// (V + num_oov), where s V + r (V + num_oov) is the least; the gradient 2 (s + r) V + s V, where (s + r) V +
+// s V is. What is read twice comes from L2 the second time, where the rows in flight fit. The source adds (36
+// + 4 r) P for the mixture, (16 + 4 r) P for the gradient, and 36 P a row of b for the sort, which also costs
+// P^2 comparisons, of ids that lie in shared memory.
 #pragma once
 #include "distribution.h"
 
@@ -21,8 +21,10 @@ namespace fastseq::pointer::cuda {
 namespace mixing {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kBatch = 4;    // words of a thread that are loaded together
-constexpr int kTile = 1024;  // ids that a block looks at together
+template <class R>
+constexpr int kBlocks = sizeof(R) == 8 ? 1 : 2;  // that fit on a multiprocessor: leaves registers enough
+constexpr int kBatch = 4;                        // words of a thread that are loaded together
+constexpr int kTile = 1024;                      // ids that a block looks at together
 constexpr int64_t kAbsent = INT64_MAX;
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
@@ -182,7 +184,7 @@ __global__ void __launch_bounds__(mixing::kThreads, 2)
 
 // Launched with B*T blocks.
 template <class S, class R>
-__global__ void __launch_bounds__(mixing::kThreads, 2)
+__global__ void __launch_bounds__(mixing::kThreads, mixing::kBlocks<R>)
     distribution_kernel(Mixture<S, R> m, SourceOrder order, R* final) {
   using namespace mixing;
   FASTSEQ_DYNAMIC_SHARED(R, scratch);
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(mixing::kThreads, 2)
 
 // Launched with B*T blocks.
 template <class S, class R>
-__global__ void __launch_bounds__(mixing::kThreads, 2)
+__global__ void __launch_bounds__(mixing::kThreads, mixing::kBlocks<R>)
     distribution_grad_kernel(Mixture<S, R> m, Rows<R> grads, MixtureGradients<S, R> to) {
   using namespace mixing;
   FASTSEQ_DYNAMIC_SHARED(R, scratch);

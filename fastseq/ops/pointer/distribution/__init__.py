@@ -10,7 +10,7 @@ Letters: B batch, T target steps, S source positions, V vocabulary, H hidden. Fo
     pointer_distribution_grad   of <G, final>, with m = sum_v softmax(z)_v G_v, k = sum_i a_i G[src_i]:
                                     d/dz_v = sigmoid(g) softmax(z)_v (G_v - m)      d/da_i = sigmoid(-g) G[src_i]
                                     d/dg = sigmoid(g) sigmoid(-g) (m - k)
-    pointer_topk                the k best words of softmax(z), z = hidden weight^T + bias, mixed as above, and their log
+    pointer_topk                the k best words of that with z = hidden weight^T + bias, and their log-probabilities
 
 **The copy mass is a segment sum.** The source words of b are sorted once, stably, for all of its T rows: the mass of a
 word is then a sum over neighbours, in the order of the source, with no atomics and the same bits in every run.
@@ -29,8 +29,8 @@ z_v - logsumexp(z) and C = logsigmoid(-g) + log c_v, and hold where probabilitie
   not read, with gradient 0. A larger id raises ValueError, on a CPU; a GPU kernel makes the rows of its b NaN instead;
   eager on a GPU does not look. The best words have no upper limit of ids.
 - -inf as a logit forbids a word. A gate of +inf or -inf generates, or copies, with certainty.
-- NaN or +inf in a row's logits, logits of -inf alone, a gate of NaN, and NaN or an infinity in its attention make all of
-  that row NaN, and no other row; so do they, and NaN in the words of `grad` that are read, for the row's gradients.
+- NaN or +inf in a row's logits, logits of -inf alone, a gate of NaN, and NaN or an infinity in its attention make all
+  of that row NaN, and no other row; so do they, and NaN in the words of `grad` that are read, for the row's gradients.
 - The best words are sorted by falling probability; of equal ones the smaller id is first. `attention` must not be
   negative there. The ids of a row of NaN are 0 to k-1.
 """

@@ -75,8 +75,8 @@ def topk(
     """The k best words of each row; see `fastseq.ops.pointer.distribution`."""
     words, mass = _source_words(attention, source_ids)
     found = [
-        _merge(z.to(gate.dtype) if bias is None else z.to(gate.dtype) + bias, *row, k)
-        for z, *row in products(hidden, weight, k, words, mass, gate.flatten()[:, None])
+        _merge(z.to(gate.dtype) if bias is None else z.to(gate.dtype) + bias, ids, masses, gates, k)
+        for z, ids, masses, gates in products(hidden, weight, k, words, mass, gate.flatten()[:, None])
     ]
     values, ids = (torch.cat(parts).view(*gate.shape, k) for parts in zip(*found, strict=True))
     return values, ids
