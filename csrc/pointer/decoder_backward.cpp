@@ -112,7 +112,7 @@ class Backward {
         Term{[&](int64_t t) { return t ? at(saved.hiddens, in.H, b, t - 1) : in.hidden + b * in.H; }, in.w_hh,
              in.H, in.H});
     for (int64_t t = t0; t < t1; ++t)
-      for_vectors<V>(j1 - j0, [&](int64_t k, int64_t lanes) {
+      for_vectors<V>(j1 - j0, [&](int64_t k, auto lanes) {
         R* p = out.gates + (b * in.T + t) * 4 * in.H + g * in.H + j0 + k;
         const V x = load<V>(p, lanes);
         store(g == 2 ? vtanh(x) : vsigmoid(x), p, lanes);
@@ -153,7 +153,7 @@ class Backward {
   FASTSEQ_INLINE void weight_gradients(const R* d_context, const R* rows, const int32_t* on, R* d) const {
     V acc[P];
     for (V& x : acc) x = V::set(0);
-    for_vectors<V>(in.M, [&](int64_t k, int64_t lanes) {
+    for_vectors<V>(in.M, [&](int64_t k, auto lanes) {
       const V g = load<V>(d_context + k, lanes);
       for (int p = 0; p < P; ++p) acc[p] = V::fma(g, load<V>(rows + on[p] * in.M + k, lanes), acc[p]);
     });
@@ -169,7 +169,7 @@ class Backward {
     const bool covers = in.w_coverage != nullptr;
     V dc[P];
     for (V& x : dc) x = V::set(0);
-    for_vectors<V>(in.A, [&](int64_t k, int64_t lanes) {
+    for_vectors<V>(in.A, [&](int64_t k, auto lanes) {
       const V q = load<V>(query + k, lanes), v = load<V>(v_times_4 + k, lanes), f = V::set(R(kTanhExponent));
       const V w_exponent = covers ? load<V>(w_scaled + k, lanes) : V::set(0);
       const V w = covers ? load<V>(in.w_coverage + k, lanes) : V::set(0);
@@ -203,7 +203,7 @@ class Backward {
     const R *a = at(saved.attention, in.S, b, t), *cover = at(coverage, in.S, b, t) + begin;
     const R loss = saved.grad_loss ? saved.grad_loss[b * in.T + t] : 0;
     V common = V::set(0);
-    for_vectors<V>(in.M, [&](int64_t k, int64_t lanes) {
+    for_vectors<V>(in.M, [&](int64_t k, auto lanes) {
       common = V::fma(load<V>(g + k, lanes), load<V>(c + k, lanes), common);
     });
     const R mean = sum(common) + base_sum[b];
@@ -243,7 +243,7 @@ class Backward {
     columns<V, R>(in.B, j0, j1, query, 1, in.w_query + in.H, 2 * in.H, in.A, c, c);
     const V one = V::set(1);
     for (int64_t b = 0; b < in.B; ++b)
-      for_vectors<V>(j1 - j0, [&](int64_t from, int64_t lanes) {
+      for_vectors<V>(j1 - j0, [&](int64_t from, auto lanes) {
         const int64_t k = j0 + from;
         R* gate = out.gates + (b * in.T + t) * 4 * in.H + k;
         const auto get = [&](const R* p) { return p ? load<V>(p + k, lanes) : V::set(0); };

@@ -92,7 +92,7 @@ class Forward {
       for (int64_t b = b0; b < b1; ++b) {
         const R* c_before = before(in.cell, out.cells, in.H, b, t) + j0;
         const int64_t to = (b * in.T + t) * in.H + j0;
-        for_vectors<V>(j1 - j0, [&](int64_t k, int64_t lanes) {
+        for_vectors<V>(j1 - j0, [&](int64_t k, auto lanes) {
           const auto gate = [&](int g) { return load<V>(gates[g][b - b0] + k, lanes); };
           const V c =
               V::fma(vsigmoid(gate(1)), load<V>(c_before + k, lanes), vsigmoid(gate(0)) * vtanh(gate(2)));
@@ -122,7 +122,7 @@ class Forward {
     const R* q = queries + b * in.A;
     V acc[P], c[P];
     for (int p = 0; p < P; ++p) acc[p] = V::set(0), c[p] = V::set(cover[p]);
-    for_vectors<V>(in.A, [&](int64_t k, int64_t lanes) {
+    for_vectors<V>(in.A, [&](int64_t k, auto lanes) {
       const V query = load<V>(q + k, lanes), v = load<V>(in.v + k, lanes), factor = V::set(R(kTanhExponent));
       const V w = in.w_coverage ? load<V>(w_coverage + k, lanes) : V::set(0);
       for (int p = 0; p < P; ++p) {
@@ -146,8 +146,8 @@ class Forward {
     R most = -INFINITY, total = 0;
     for (i = 0; i < n; ++i) most = p[i] > most ? p[i] : most;
     const V shift = V::set(most == -INFINITY ? R(0) : most);
-    for_vectors<V>(
-        n, [&](int64_t k, int64_t lanes) { store(vexp(load<V>(p + k, lanes) - shift), p + k, lanes); });
+    for_vectors<V>(n,
+                   [&](int64_t k, auto lanes) { store(vexp(load<V>(p + k, lanes) - shift), p + k, lanes); });
     for (i = 0; i < n; ++i) total += p[i];
     largest[piece] = most, sums[piece] = total;
     const R* rows = in.memory + m * in.S * in.M;

@@ -4,6 +4,7 @@
 // of L2 and L3.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/simd.h"
 
@@ -122,10 +123,13 @@ void columns(int64_t rows, int64_t c0, int64_t c1, const In& in, int64_t step, c
   for (; r < rows; ++r) columns_of_rows<V, 1>(r, c0, c1, in, step, w, ld, K, from, to);
 }
 
-// Calls f(k, lanes) for each vector of n numbers.
+// Calls f(k, lanes) for each vector of n numbers. For whole ones `lanes` is a constant of its type, so that
+// no branch is left in the loop.
 template <class V, class F>
 FASTSEQ_INLINE void for_vectors(int64_t n, const F& f) {
-  for (int64_t k = 0; k < n; k += V::W) f(k, std::min<int64_t>(V::W, n - k));
+  int64_t k = 0;
+  for (; k + V::W <= n; k += V::W) f(k, std::integral_constant<int64_t, V::W>());
+  if (k < n) f(k, n - k);
 }
 
 template <class V>

@@ -9,7 +9,7 @@
 //     ctx = sum_i a_i m_i              a thread a column of memory
 //
 // The vectors of the sequence are in shared memory, its positions too where there is room. Nothing but the
-// outputs is written; 11 barriers a step.
+// outputs is written; 12 or 13 barriers a step.
 //
 // Cost of a step, for n positions that are on: W = E M + 4H (E + H) + 2H A weights and n (M + A) elements of
 // memory and features are read once, 2 FLOPs each, and n A tanh. With H = 256, E = 128, M = A = 512, n = 400,

@@ -1,5 +1,4 @@
 # mypy: ignore-errors
-# ruff: noqa: RET505 (in a kernel, an `if` on a constant and one on a tensor are different things)
 """What the Triton kernels share: which positions of a row are on, and the score of its tags.
 
 `n` counts the positions of a row that are on, 0 to L-1; `t` is where they lie.

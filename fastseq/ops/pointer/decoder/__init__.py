@@ -49,7 +49,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq import library
 from fastseq.ops.pointer.decoder import eager, reference, samples
 from fastseq.reasons import needs
 from fastseq.registry import Op, is_plain, opaque
@@ -85,12 +84,8 @@ def at_most(sizes: dict[str, int]) -> Callable[..., str | None]:
 
 def _compiled(op: Op) -> None:
     """Add the compiled kernels of `op`, and say why there is no other."""
-    for device in ("cpu", "cuda"):
-        if library.loaded(device) and not hasattr(getattr(torch.ops, f"fastseq_{device}"), op.name):
-            op.lacks(device, "the library was built before this op")
-        else:
-            limits = at_most(CUDA_SIZES) if device == "cuda" else None
-            op.compiled(device, needs(device=device, dtype=FLOATS, limits=limits))
+    op.compiled("cpu", needs(device="cpu", dtype=FLOATS))
+    op.compiled("cuda", needs(device="cuda", dtype=FLOATS, limits=at_most(CUDA_SIZES)))
     op.lacks("triton", "no Triton kernel: a recurrence of small products is the CUDA library's, else eager's")
 
 

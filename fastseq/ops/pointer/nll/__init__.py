@@ -60,7 +60,6 @@ from fastseq.registry import Op, is_plain, opaque
 
 __all__ = ["loss", "nll", "nll_grad"]
 
-TRITON_HIDDEN = 512  # triton.MOST_HIDDEN
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ROWS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor copy, Tensor? gate, Tensor source_ids, Tensor target_ids, "
@@ -76,19 +75,19 @@ def _like(tensors: Sequence[Tensor | None], lead: Tensor) -> tuple[Tensor, ...]:
 
 
 def _limits(*args: Any) -> str | None:
-    """What the Triton kernels can hold, and count in 31 bits."""
+    """What the Triton kernels lack, and that they count in 31 bits."""
     (batch, steps, size), positions, vocabulary = args[0].shape, args[3].shape[2], len(args[1])
-    if size > TRITON_HIDDEN:
-        return f"needs at most {TRITON_HIDDEN} elements of a hidden state, got {size}"
+    if args[8]:
+        return "label smoothing has no Triton kernel"
     most = max(batch * steps * max(size, positions), vocabulary * size)
     return None if most < 2**31 else "needs fewer than 2^31 elements in each tensor"
 
 
 def _compiled(op: Op) -> None:
-    """Add the kernels of `op` for CPUs and for GPUs."""
+    """Add the kernels of `op` for CPUs and for GPUs: those are for tensor cores that take bfloat16 and TF32."""
     op.compiled("cpu", needs(device="cpu", dtype=FLOATS))
     op.lacks("cuda", "Triton has this op on a GPU")
-    triton = needs(device="cuda", dtype=FLOATS, capability=(7, 5), limits=_limits)
+    triton = needs(device="cuda", dtype=FLOATS[1:], capability=(8, 0), limits=_limits)
     op.lazy("triton", f"{__name__}.triton:{op.name.removeprefix('pointer_')}", triton, no_triton)
 
 

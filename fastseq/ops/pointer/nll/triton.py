@@ -71,7 +71,7 @@ class _Call:
         row_blocks = triton.cdiv(self.N, 64)
         self.parts = max(1, min(16, triton.cdiv(self.V, 64), PROGRAMS // max(row_blocks, 1)))
         empty = copy.new_empty
-        self.values = empty(self.B, self.T)
+        self.values: Tensor = empty(self.B, self.T)
         self.lses, self.alphas, self.betas = empty(3, self.N).unbind(0)
         self.grad_copy = torch.empty_like(copy, memory_format=torch.contiguous_format) if gradient else None
         self.grad_gate = None if gate is None else empty(gate.shape)
@@ -112,7 +112,7 @@ def nll(*args: Any) -> Tensor:
 def nll_grad(*args: Any) -> tuple[Tensor, ...]:
     """The weighted sum and its gradients; see `fastseq.ops.pointer.nll`."""
     *inputs, weights = args
-    hidden, weight, bias, copy, gate = inputs[:5]
+    hidden, weight, bias, copy = inputs[:4]
     call = _Call(tuple(inputs), weights, gradient=True)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = copy.new_empty(0) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: RET505 (in a kernel, an `if` on a constant and one on a tensor are different things)
+# ruff: noqa: RET505, SIM102 (in a kernel, an `if` on a constant and one on a tensor are different things)
 """The Triton kernels of the pointer-generator's loss: tiles of rows times tiles of the vocabulary.
 
     scores            z = x W^T tile by tile, of which only each row's maximum, its sum of exp(z - maximum) and z_target
@@ -82,7 +82,7 @@ def logits(
     x, w, bias, n, v, N, V, H, BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z (BN,BV) of rows n and words v; -inf beyond the vocabulary."""
+    """The logits (BN,BV) of rows n and words v; -inf beyond the vocabulary."""
     z = tl.zeros([BN, BV], tl.float32)
     for k in range(0, H, BK):
         words = load_tile(w, v, V, k, H, BK, PRODUCTS)
@@ -120,7 +120,7 @@ def scores(
 
 @triton.jit
 def join_parts(maxima, sums, n, N, P, BP: tl.constexpr):
-    """lse of a row out of its P parts, in float64 and in the order of the parts' numbers."""
+    """The lse of a row out of its P parts, in float64 and in the order of the parts' numbers."""
     p = tl.arange(0, BP)
     tops = tl.load(maxima + p.to(tl.int64) * N + n, mask=p < P, other=-INF)
     parts = tl.load(sums + p.to(tl.int64) * N + n, mask=p < P, other=0.0)
@@ -132,7 +132,7 @@ def join_parts(maxima, sums, n, N, P, BP: tl.constexpr):
 
 @triton.jit
 def copied(copy, ids, target, S, PROBABILITIES: tl.constexpr, BS: tl.constexpr):
-    """log of what the row copies to its target, and log of all that it could copy (0 for probabilities)."""
+    """Logarithms of what the row copies to its target, and of all that it could copy (0 for probabilities)."""
     if PROBABILITIES:
         mass = tl.zeros([BS], tl.float32)
         for first in range(0, S, BS):
@@ -223,7 +223,7 @@ def rows(
 
 @triton.jit
 def slopes(z, v, lse, alpha, beta, target):
-    """dz (BN,BV) = alpha exp(z - lse) - beta [target], 0 in the rows that have no part in it."""
+    """Slopes (BN,BV) dz = alpha exp(z - lse) - beta [target], 0 in the rows that have no part in it."""
     one_hot = v[None, :] == target[:, None]
     part = ((alpha != 0) | (beta != 0))[:, None]
     dz = alpha[:, None] * tl.exp(z - lse[:, None]) - tl.where(one_hot, beta[:, None], 0.0)
