@@ -276,12 +276,16 @@ struct Lanes16 {
   }
   static FASTSEQ_INLINE Lanes16 scale(Lanes16 x, Lanes16 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
   static FASTSEQ_INLINE Lanes16 one_over_one_plus_exp2(Lanes16 x) {
-    // Of an infinite x the reduced argument is 0 and the power 0 or infinity: nothing needs clamping.
-    const __m512 r = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    // Of -infinity the reduced argument and the power are 0. The power must not be infinite: the reciprocal's
+    // Newton step, which is a quarter of a division, would make it NaN. The minimum of a number and a NaN is
+    // the second.
+    const __m512 y = _mm512_min_ps(_mm512_set1_ps(126.f), x.v);
+    const __m512 r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 p = _mm512_set1_ps(kExp2[0]);
     for (int k = 1; k < 6; ++k) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(kExp2[k]));
-    const __m512 one = _mm512_set1_ps(1.f), power = _mm512_scalef_ps(p, _mm512_sub_ps(x.v, r));
-    return {_mm512_div_ps(one, _mm512_add_ps(power, one))};
+    const __m512 one = _mm512_set1_ps(1.f), power = _mm512_scalef_ps(p, _mm512_sub_ps(y, r));
+    const __m512 d = _mm512_add_ps(power, one), q = _mm512_rcp14_ps(d);
+    return {_mm512_mul_ps(q, _mm512_fnmadd_ps(d, q, _mm512_set1_ps(2.f)))};
   }
   static FASTSEQ_INLINE Lanes16 exp_or_zero(Lanes16 x) {
     const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(kLogTiny), _CMP_NLT_UQ);

@@ -1,11 +1,11 @@
 // The attention decoder, backward: the recurrent part. Gates and queries of all steps are recomputed first,
-// as large products, into the outputs that their gradients replace; tanh is recomputed step by step. A step
-// is five phases: attention, piece by piece; the pieces together; the cell; the LSTM's input and the state
-// before; the context before. The sum that softmax needs is d_context . context, plus what does not come from
-// the memory: no pass over the source stands between. d_memory is one product at the end. Cost of a step and
-// row: S*(A (tanh + 6 FMA) + M FMA), which reads S*(2A+M) numbers and writes S*A of them, and the products of
+// as large products, and tanh step by step. A step is five phases: attention, piece by piece; the pieces
+// together; the cell; the LSTM's input and the state before; the context before. The sum that softmax needs
+// is d_context . context, plus what does not come from the memory: no pass over the source stands between.
+// What is a sum over steps waits for the end, when all of them are known: d_memory is one product, and
+// d_features has tanh computed once more, which is cheaper than to read and write d_features in every step.
+// Cost of a step and row: S*(2A (tanh + 5 FMA) + M FMA), which reads S*(A+M) numbers, and the products of
 // forward twice.
-
 #include "../common/phases.h"
 #include "decoder_pieces.h"
 
@@ -19,10 +19,12 @@ class Backward {
            const pointer::DecoderGradients<R>& out_)
       : in(in_), saved(saved_), out(out_), pieces(in_) {
     const int64_t n = pieces.count(), BT = in.B * in.T, BS = in.B * in.S;
-    memory.resize(BT * in.S + BS * 2 + BT * in.M + in.B * (1 + in.H * 2) + n * (3 * in.A + 1) + 2 * in.A);
+    memory.resize(BT * (2 * in.S + in.M + in.A) + BS * 2 + in.B * (1 + in.H * 2) + n * (3 * in.A + 1) +
+                  2 * in.A);
     R* p = memory.data();
     const auto take = [&](int64_t size) { return p += size, p - size; };
-    coverage = take(BT * in.S), d_coverage = take(BS), base = take(BS), d_contexts = take(BT * in.M);
+    coverage = take(BT * in.S), d_attention = take(BT * in.S), queries = take(BT * in.A);
+    d_coverage = take(BS), base = take(BS), d_contexts = take(BT * in.M);
     base_sum = take(in.B), d_h = take(in.B * in.H), d_c = take(in.B * in.H);
     d_queries = take(n * in.A), d_w = take(n * in.A), d_v = take(n * in.A), d_scores = take(n);
     w_scaled = take(in.A), v_times_4 = take(in.A);
@@ -39,11 +41,12 @@ class Backward {
                                tasks(in.M, kWide)};
     const int64_t steps_end = 2 + 5 * in.T;
     run_phases(
-        parallel, steps_end + 1,
+        parallel, steps_end + 2,
         [&](int64_t phase) {
           if (phase == 0) return in.B + recompute;
           if (phase == 1) return in.B;
-          return phase == steps_end ? in.B + pieces.count() + 1 : counts[(phase - 2) % 5];
+          if (phase == steps_end) return in.B + 2 * pieces.count();
+          return phase > steps_end ? 1 : counts[(phase - 2) % 5];
         },
         [&](int64_t phase, int64_t i) {
           const int64_t t = in.T - 1 - (phase - 2) / 5;
@@ -56,6 +59,7 @@ class Backward {
           }
           if (phase == 1) return prepare(i, in.T - 1);
           if (phase == steps_end) return finish(i);
+          if (phase > steps_end) return finish_sums();
           switch ((phase - 2) % 5) {
             case 0:
               return attend(t, i);
@@ -119,12 +123,12 @@ class Backward {
       });
   }
 
-  // The queries, times the factor in the exponent of tanh, into out.query.
+  // The queries, times the factor in the exponent of tanh.
   void query(int64_t b, int64_t t0, int64_t t1, int64_t part) {
     dots<V, R>(
         t0, t1, part * kPart, std::min(in.A, (part + 1) * kPart),
         [&](int64_t t, int64_t n, R sum) {
-          out.query[(b * in.T + t) * in.A + n] = R(kTanhExponent) * (in.b_query[n] + sum);
+          queries[(b * in.T + t) * in.A + n] = R(kTanhExponent) * (in.b_query[n] + sum);
         },
         Term{[&](int64_t t) { return at(saved.hiddens, in.H, b, t); }, in.w_query, 2 * in.H, in.H},
         Term{[&](int64_t t) { return at(saved.cells, in.H, b, t); }, in.w_query + in.H, 2 * in.H, in.H});
@@ -160,39 +164,71 @@ class Backward {
     for (int p = 0; p < P; ++p) d[p] = sum(acc[p]);
   }
 
-  // From the scores' gradients to features, query, coverage, w_coverage and v, for P positions: the
-  // derivative of tanh is 4 r (1 - r) with r = 1 / (1 + e^2y).
+  // From the scores' gradients to query and coverage, for P positions: the derivative of tanh is 4 r (1 - r)
+  // with r = 1 / (1 + e^2y).
   template <int P>
-  FASTSEQ_INLINE void score_gradients(const R* query, int64_t piece, const R* features, R* d_features,
-                                      const int32_t* on, const R* cover, const R* d, R* d_cover) const {
-    R *dq = d_queries + piece * in.A, *dw = d_w + piece * in.A, *dv = d_v + piece * in.A;
+  FASTSEQ_INLINE void score_gradients(const R* query, R* dq, const R* features, const int32_t* on,
+                                      const R* cover, const R* d, R* d_cover) const {
     const bool covers = in.w_coverage != nullptr;
     V dc[P];
     for (V& x : dc) x = V::set(0);
     for_vectors<V>(in.A, [&](int64_t k, auto lanes) {
-      const V q = load<V>(query + k, lanes), v = load<V>(v_times_4 + k, lanes), f = V::set(R(kTanhExponent));
+      const V q = load<V>(query + k, lanes), f = V::set(R(kTanhExponent));
       const V w_exponent = covers ? load<V>(w_scaled + k, lanes) : V::set(0);
-      const V w = covers ? load<V>(in.w_coverage + k, lanes) : V::set(0);
-      V sum_q = load<V>(dq + k, lanes), sum_v = load<V>(dv + k, lanes);
-      V sum_w = covers ? load<V>(dw + k, lanes) : V::set(0);
+      const V w = covers ? load<V>(in.w_coverage + k, lanes) : V::set(0), v = load<V>(v_times_4 + k, lanes);
+      V sum_q = V::set(0);
       for (int p = 0; p < P; ++p) {
-        const V c = V::set(cover[p]), de = V::set(d[p]);
         V y = V::fma(f, load<V>(features + on[p] * in.A + k, lanes), q);
-        if (covers) y = V::fma(c, w_exponent, y);
+        if (covers) y = V::fma(V::set(cover[p]), w_exponent, y);
         const V r = V::one_over_one_plus_exp2(y);
-        const V dy = de * v * (r - r * r);
-        R* df = d_features + on[p] * in.A + k;
-        store(load<V>(df, lanes) + dy, df, lanes);
-        sum_v = V::fma(de, r, sum_v);
+        const V dy = V::set(d[p]) * (r - r * r);
         sum_q = sum_q + dy;
-        if (covers) sum_w = V::fma(c, dy, sum_w), dc[p] = V::fma(dy, w, dc[p]);
+        if (covers) dc[p] = V::fma(dy, w * v, dc[p]);
       }
-      store(sum_q, dq + k, lanes);
-      store(sum_v, dv + k, lanes);
-      if (covers) store(sum_w, dw + k, lanes);
+      store(V::fma(sum_q, v, load<V>(dq + k, lanes)), dq + k, lanes);
     });
     if (covers)
       for (int p = 0; p < P; ++p) d_cover[p] += sum(dc[p]);
+  }
+
+  // What is a sum over steps, for P positions and one vector of columns: d_features, and the shares of d_v
+  // and d_w_coverage.
+  template <int P, class Lanes>
+  FASTSEQ_INLINE void over_steps(int64_t b, int64_t i, int64_t k, Lanes lanes, V& sum_v, V& sum_w) const {
+    const bool covers = in.w_coverage != nullptr;
+    const int32_t* on = in.on.of(b) + i;
+    const V w_exponent = covers ? load<V>(w_scaled + k, lanes) : V::set(0), v = load<V>(v_times_4 + k, lanes);
+    V feature[P], acc[P];
+    for (int p = 0; p < P; ++p) {
+      feature[p] = V::set(R(kTanhExponent)) * load<V>(in.features + (b * in.S + on[p]) * in.A + k, lanes);
+      acc[p] = V::set(0);
+    }
+    for (int64_t t = 0; t < in.T; ++t) {
+      const V q = load<V>(queries + (b * in.T + t) * in.A + k, lanes);
+      const int64_t at = (b * in.T + t) * in.S + i;
+      for (int p = 0; p < P; ++p) {
+        const V c = V::set(coverage[at + p]), de = V::set(d_attention[at + p]);
+        V y = feature[p] + q;
+        if (covers) y = V::fma(c, w_exponent, y);
+        const V r = V::one_over_one_plus_exp2(y), dy = de * (r - r * r);
+        acc[p] = acc[p] + dy;
+        sum_v = V::fma(de, r, sum_v);
+        if (covers) sum_w = V::fma(c, dy, sum_w);
+      }
+    }
+    for (int p = 0; p < P; ++p) store(acc[p] * v, out.features + (b * in.S + on[p]) * in.A + k, lanes);
+  }
+
+  void features(int64_t piece) {
+    const auto [b, begin, end] = pieces.all[piece];
+    for_vectors<V>(in.A, [&, b = b, begin = begin, end = end](int64_t k, auto lanes) {
+      V sum_v = V::set(0), sum_w = V::set(0);
+      int64_t i = begin;
+      for (; i + 4 <= end; i += 4) over_steps<4>(b, i, k, lanes, sum_v, sum_w);
+      for (; i < end; ++i) over_steps<1>(b, i, k, lanes, sum_v, sum_w);
+      store(sum_v, d_v + piece * in.A + k, lanes);
+      store(sum_w * load<V>(v_times_4 + k, lanes), d_w + piece * in.A + k, lanes);
+    });
   }
 
   void attend(int64_t t, int64_t piece) {
@@ -207,7 +243,7 @@ class Backward {
       common = V::fma(load<V>(g + k, lanes), load<V>(c + k, lanes), common);
     });
     const R mean = sum(common) + base_sum[b];
-    R d[kPiece], *d_cover = d_coverage + b * in.S + begin;
+    R *d = d_attention + (b * in.T + t) * in.S + begin, *d_cover = d_coverage + b * in.S + begin;
     const R* rows = in.memory + b * in.S * in.M;
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) weight_gradients<4>(g, rows, on + i, d + i);
@@ -218,12 +254,12 @@ class Backward {
       d_scores[piece] += d[i];
       d_cover[i] += p <= cover[i] ? 0 : loss;
     }
-    std::fill_n(d_queries + piece * in.A, in.A, R(0));
-    const R *query = at(out.query, in.A, b, t), *features = in.features + b * in.S * in.A;
-    R* df = out.features + b * in.S * in.A;
+    R* dq = d_queries + piece * in.A;
+    std::fill_n(dq, in.A, R(0));
+    const R *query = at(queries, in.A, b, t), *features = in.features + b * in.S * in.A;
     for (i = 0; i + kTogether <= n; i += kTogether)
-      score_gradients<kTogether>(query, piece, features, df, on + i, cover + i, d + i, d_cover + i);
-    for (; i < n; ++i) score_gradients<1>(query, piece, features, df, on + i, cover + i, d + i, d_cover + i);
+      score_gradients<kTogether>(query, dq, features, on + i, cover + i, d + i, d_cover + i);
+    for (; i < n; ++i) score_gradients<1>(query, dq, features, on + i, cover + i, d + i, d_cover + i);
   }
 
   void combine(int64_t t, int64_t b) {
@@ -281,11 +317,12 @@ class Backward {
         [&](int64_t b) { return t ? d_contexts + (b * in.T + t - 1) * in.M : out.context + b * in.M; });
   }
 
-  // Rows' states and positions that are off; then d_memory of each piece; then the sums over pieces.
+  // Rows' states and positions that are off; then d_features and d_memory of each piece.
   void finish(int64_t task) {
     if (task < in.B) return finish_row(task);
     task -= in.B;
-    if (task == pieces.count()) return finish_sums();
+    if (task < pieces.count()) return features(task);
+    task -= pieces.count();
     const auto [b, begin, end] = pieces.all[task];
     const int32_t* on = in.on.of(b) + begin;
     columns<V, R>(
@@ -326,7 +363,8 @@ class Backward {
   const pointer::DecoderGradients<R>& out;
   const Pieces pieces;
   std::vector<R> memory;  // zeros: the state's gradients after the last step, and the sums over steps
-  R *coverage, *d_coverage, *base, *d_contexts, *base_sum, *d_h, *d_c, *d_queries, *d_w, *d_v, *d_scores;
+  R *coverage, *d_attention, *queries, *d_coverage, *base, *d_contexts, *base_sum, *d_h, *d_c, *d_queries,
+      *d_w, *d_v, *d_scores;
   R *w_scaled, *v_times_4;
 };
 

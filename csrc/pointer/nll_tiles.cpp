@@ -58,7 +58,6 @@ class Buffer {
     if (!data_) throw std::bad_alloc();
   }
   operator T*() const { return data_.get(); }
-  T* zeroed(int64_t n) const { return std::fill_n(data_.get(), n, T{}), data_.get(); }
 
  private:
   struct Free {
