@@ -178,9 +178,9 @@ def rows(
     log_copy, log_all = copied(copy, ids, target, S, PROBABILITIES, BS)
     if PROBABILITIES:
         g = tl.load(gate + n)
-        log_generate = log_sigmoid(g)
+        log_generate, log_gate = log_sigmoid(g), log_sigmoid(-g)
         a = tl.where(known, log_generate + z - lse, -INF)
-        c = log_sigmoid(-g) + log_copy
+        c = log_gate + log_copy
     else:
         whole = log_add(lse, log_all)
         log_generate = lse - whole
@@ -213,7 +213,7 @@ def rows(
             word = tl.load(ids + s, mask=s < S, other=-1)
             same = (word == target) & (word >= 0)
             if PROBABILITIES:
-                slope = tl.where(same, -weight * tl.exp(c - log_copy - log_p), 0.0)
+                slope = tl.where(same, -weight * tl.exp(log_gate - log_p), 0.0)
             else:
                 e = tl.load(copy + s, mask=word >= 0, other=-INF)
                 slope = weight * (tl.exp(e - whole) - tl.where(same, tl.exp(e - whole - log_p), 0.0))
