@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-IDLE = 0.25
+IDLE = 0.15
 """The share of rows that must be done before the others are moved together: moving costs about a step."""
 
 
@@ -51,6 +51,8 @@ class Settings:
         min_steps: words before the stop word may come.
         length_penalty: the exponent; 0 is none.
         no_repeat_ngram: no n words in a row come twice; 0 lets them.
+        early_stopping: a row is done once beam_size hypotheses have ended, as is usual; else once none that
+            lives could beat the best, which finds more and takes longer.
     """
 
     start: int
@@ -61,6 +63,7 @@ class Settings:
     min_steps: int = 1
     length_penalty: float = 1.0
     no_repeat_ngram: int = 0
+    early_stopping: bool = False
 
     def __post_init__(self) -> None:
         for name in ("beam_size", "max_steps"):
@@ -152,6 +155,7 @@ class Search:
         self.index = torch.arange(rows, device=device)
         self.totals = torch.zeros(rows, 1, dtype=torch.float64, device=device)
         self.words = torch.zeros(rows, 1, 0, dtype=torch.int64, device=device)
+        self.ended = torch.zeros_like(self.index)
         none = torch.full_like(self.totals[:, 0], -math.inf)
         ids = torch.zeros(rows, settings.max_steps, dtype=torch.int64, device=device)
         nowhere = torch.full_like(self.index, -1)
@@ -170,8 +174,12 @@ class Search:
     def _step(self, step: int) -> None:
         totals, beams, words = self._continuations(step)
         size = self.settings.beam_size
-        stops = words == self.settings.stop
-        self._finish(step, totals[:, :size], beams[:, :size], stops[:, :size])
+        stops = (words == self.settings.stop) & (totals > -math.inf)
+        first = stops[:, :size]
+        if self.settings.early_stopping:  # a row that is done may still be here, beside others that are not
+            first = first & (self.ended < size)[:, None]
+            self.ended += first.sum(1)
+        self._finish(step, totals[:, :size], beams[:, :size], first)
         # A stable sort: those that stop go to the end, and the others keep their order.
         lives = stops.to(torch.int8).sort(dim=1, stable=True).indices[:, :size]
         parents = beams.gather(1, lives)
@@ -230,11 +238,14 @@ class Search:
         most = max(settings.penalty(step + 2), settings.penalty(settings.max_steps))
         top = self.totals[:, 0]
         done = (self.best.scores[self.index] >= top / most) | (top == -math.inf)
+        if settings.early_stopping:
+            done |= self.ended >= settings.beam_size
         count = int(done.sum())
         if count < IDLE * len(done):
             return None
         stay = (~done).nonzero()[:, 0]
         self.index, self.totals, self.words = self.index[stay], self.totals[stay], self.words[stay]
+        self.ended = self.ended[stay]
         return stay
 
     def _cut_off(self) -> None:

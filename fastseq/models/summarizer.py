@@ -196,6 +196,7 @@ class PointerGeneratorSummarizer(nn.Module):
         min_steps: int = 1,
         length_penalty: float = 1.0,
         no_repeat_ngram: int = 0,
+        early_stopping: bool = False,
         return_attention: bool = False,
     ) -> Summaries:
         """The best summaries that a beam search finds, for all rows at once. PAD, UNK and START are never written.
@@ -210,6 +211,8 @@ class PointerGeneratorSummarizer(nn.Module):
             length_penalty: a score is log-probability / ((5 + words) / 6) ** length_penalty, STOP counted
                 (Wu et al. 2016).
             no_repeat_ngram: no so many words in a row come twice in a summary; 0 lets them.
+            early_stopping: a row is done once beam_size summaries of it have ended, as in most code; else once none
+                that goes on could beat the best.
             return_attention: also say where each word comes from.
 
         Returns:
@@ -218,7 +221,7 @@ class PointerGeneratorSummarizer(nn.Module):
         Raises:
             ValueError: a setting is out of range.
         """
-        limits = (beam_size, max_steps, min_steps, length_penalty, no_repeat_ngram)
+        limits = (beam_size, max_steps, min_steps, length_penalty, no_repeat_ngram, early_stopping)
         settings = Settings(START, STOP, (PAD, UNK, START), *limits)
         decoding = _Decoding(self, self.encode(source_ids, source_lengths), source_extended, return_attention)
         found = Search(decoding, len(source_ids), settings, source_ids.device).run()

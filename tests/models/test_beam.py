@@ -56,7 +56,10 @@ def one_row(table: list[list[float]], settings: Settings) -> tuple[list[int], fl
     """The search for one row as its definition reads: a list of hypotheses, and nothing stops early."""
     live: list[tuple[float, list[int], int]] = [(0.0, [], 0)]
     best: tuple[list[int], float] = ([], -math.inf)
+    ended = 0
     for step in range(settings.max_steps):
+        if settings.early_stopping and ended >= settings.beam_size:
+            break
         found = []
         for total, words, state in live:
             state = after(state, words[-1] if words else settings.start)
@@ -67,6 +70,7 @@ def one_row(table: list[list[float]], settings: Settings) -> tuple[list[int], fl
                     found.append((total + table[state][word], [*words, word], state))
         found.sort(key=lambda item: -item[0])  # stable
         for total, words, _ in found[: settings.beam_size]:
+            ended += words[-1] == settings.stop
             score = total / settings.penalty(len(words))
             if words[-1] == settings.stop and score > best[1]:
                 best = words[:-1], score
@@ -98,6 +102,9 @@ BASE = Settings(START, STOP, (START,), beam_size=3, max_steps=9)
         {"no_repeat_ngram": 2, "never": ()},
         {"no_repeat_ngram": 1, "min_steps": 4},
         {"max_steps": 1},
+        {"early_stopping": True},
+        {"early_stopping": True, "beam_size": 1},
+        {"early_stopping": True, "beam_size": 2, "length_penalty": 0.0},
     ],
 )
 def test_it_is_the_search_of_one_row_after_another(changes: dict[str, object], ties: bool) -> None:

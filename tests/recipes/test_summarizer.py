@@ -122,6 +122,7 @@ def test_evaluation_matches_summaries_with_their_examples() -> None:
     assert found["rouge1"] == pytest.approx((100 + 200 / 3 + 0) / 3)
     assert len(model.settings) == 2
     wanted = {"beam_size": 3, "max_steps": 20, "min_steps": 2, "length_penalty": 1.0, "no_repeat_ngram": 3}
+    wanted["early_stopping"] = True
     assert model.settings[0] == wanted
 
 

@@ -80,7 +80,7 @@ class Comparison:
         buckets = self.config.train.buckets and self.size > 1
         variants = [
             self.plain("published loop"),
-            self.plain("published loop again (control)"),
+            self.plain("the same again (control)"),
             self.fast("+ fused decoder and loss"),
             *([self.fast("+ length buckets", buckets=True)] if buckets else []),
             self.fast("+ bf16", buckets=buckets, bf16=True),
@@ -261,7 +261,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
         "the decoder, attention and gate included, are one part, and the vocabulary layer, the mixture and the loss "
         "another, which takes their gradients with it.\n"
     )
-    console.print(levers_table("a training step", figures["levers"], "examples/s"))
+    console.print(levers_table("a training step", figures["levers"], "texts/s"))
     kept = [name.replace("_", " ") for name, on in figures["kept"].items() if on]
     console.print(
         "Plain is the published loop, random batches padded to the longest, fp32 and torch's Adam; levers add up.\n"

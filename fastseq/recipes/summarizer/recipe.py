@@ -52,6 +52,7 @@ class DecodingConfig(Section):
     min_steps: NonNegativeInt = 1
     length_penalty: float = 1.0
     no_repeat_ngram: NonNegativeInt = 0
+    early_stopping: bool = True
 
 
 class Config(RecipeConfig):
@@ -109,6 +110,7 @@ def search_settings(config: Config, beam_size: int) -> dict[str, float]:
         "min_steps": decoding.min_steps,
         "length_penalty": decoding.length_penalty,
         "no_repeat_ngram": decoding.no_repeat_ngram,
+        "early_stopping": decoding.early_stopping,
     }
 
 
