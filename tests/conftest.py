@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,8 @@ ONE_THREAD = {"benchmarks", "models", "recipes"}
 def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.manual_seed(0)
-    torch.set_num_threads(1 if request.path.parent.name in ONE_THREAD else 2)
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    torch.set_num_threads(2 if alone and request.path.parent.name not in ONE_THREAD else 1)
     yield
     torch.set_num_threads(threads)
 

@@ -27,7 +27,7 @@ def options(kernel: str, H: int, half: bool) -> dict[str, int]:
     if kernel == "rows":
         return {"BS": 128, "num_warps": 4}
     width = max(16, triton.next_power_of_2(H))
-    sizes = {"BN": 64, "BV": 64, "BK": min(width, 64 if half else 32), "num_warps": 4}
+    sizes = {"BN": 64, "BV": 64, "BK": min(width, 64 if half else 32), "num_warps": 8 if half else 4}
     if kernel != "scores":
         sizes |= {"BG": min(width, 256 if half else 128), "num_warps": 8}
         if not half:
