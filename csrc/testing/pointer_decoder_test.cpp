@@ -85,7 +85,7 @@ Arrays<double> plain(const Problem& p, const Arrays<double>& in) {
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t m = b / (p.B / p.Bm);
     const auto row = [&](int k, int64_t size) {
-      return std::vector<double>(&in[k][0] + b * size, &in[k][0] + (b + 1) * size);
+      return std::vector<double>(in[k].data() + b * size, in[k].data() + (b + 1) * size);
     };
     auto h = row(hidden, p.H), c = row(cell, p.H), ctx = row(context, p.M), cov = row(coverage, p.S);
     for (int64_t t = 0; t < p.T; ++t) {
@@ -128,9 +128,9 @@ Arrays<double> plain(const Problem& p, const Arrays<double>& in) {
         cov[s] += a;
         for (int64_t k = 0; k < p.M; ++k) ctx[k] += a * in[memory][(m * p.S + s) * p.M + k];
       }
-      std::copy(ctx.begin(), ctx.end(), &out[contexts][0] + bt * p.M);
+      std::copy(ctx.begin(), ctx.end(), out[contexts].data() + bt * p.M);
     }
-    std::copy(cov.begin(), cov.end(), &out[coverage_out][0] + b * p.S);
+    std::copy(cov.begin(), cov.end(), out[coverage_out].data() + b * p.S);
   }
   return out;
 }
