@@ -118,6 +118,7 @@ def test_gradcheck(op: Op, device: str) -> None:
 @each
 def test_compiles_whole(op: Op, device: str) -> None:
     """torch.compile(fullgraph=True) gives the same outputs and gradients."""
+    torch._dynamo.reset()  # or the ops before this one count as recompilations of `__call__`
     args, floats = leaves(ordinary(op, device, torch.float32)[-1])
     compiled = torch.compile(op.__call__, fullgraph=True, backend="aot_eager")
     got, wanted = compiled(*args), op(*args)
@@ -136,6 +137,7 @@ def test_compiles_whole(op: Op, device: str) -> None:
 @pytest.mark.slow
 @each
 def test_compiles_with_inductor(op: Op, device: str) -> None:
+    torch._dynamo.reset()
     args, _ = leaves(ordinary(op, device, torch.float32)[-1])
     compare(torch.compile(op.__call__, fullgraph=True)(*args), op(*args), 1e-6)
 
