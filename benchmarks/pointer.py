@@ -272,23 +272,21 @@ def memory(dtype: torch.dtype, device: str) -> Table:
     """What a loss and its gradients add to the memory, and what the decoder's steps keep of it for backward."""
     table = Table(
         f"pointer memory, MiB   {dtype} on {device}",
-        ["what", LETTERS, "rival", "peak", "peak beyond the weights' gradient", "kept for backward"],
+        ["what", LETTERS, "rival", "peak, gradients not counted", "kept for backward"],
         [],
     )
     shape, kept_shape = (",".join(map(str, s)) for s in (LOSS_SHAPES[0], KEPT_SHAPE))
     inputs = pointer_truth.make_loss_inputs(LOSS_SHAPES[0], dtype, device, seed=0)
-    gradient = inputs.weight.numel() * inputs.weight.element_size()
     for rival in _loss_rivals(inputs):
         if rival.probe or rival.missing:
             continue
         with rival.context():
-            rival.call()  # libraries set themselves up in the first call
+            rival.call()  # libraries set themselves up; and the gradients are there, to be replaced
             peak, kept = measure.peak_bytes(rival.call, device), measure.kept_bytes(rival.call)
-        numbers = (peak, None if peak is None else peak - gradient, kept)
-        table.rows.append(["loss", shape, rival.name, *map(_mebibytes, numbers)])
+        table.rows.append(["loss", shape, rival.name, *map(_mebibytes, (peak, kept))])
     steps = pointer_models.make_inputs(KEPT_SHAPE, dtype, device, whole=False, seed=0)
     for name, bytes_ in pointer_models.kept_by_steps(steps).items():
-        table.rows.append(["decoder's steps", kept_shape, name, "", "", _mebibytes(bytes_)])
+        table.rows.append(["decoder's steps", kept_shape, name, "", _mebibytes(bytes_)])
     return table
 
 
