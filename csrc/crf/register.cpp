@@ -1,6 +1,7 @@
 // The torch ops fastseq_cpu::crf_*: tensors to raw pointers and back, nothing else.
 #include <tuple>
 
+#include "../common/torch_cpu.h"
 #include "arguments.h"
 #include "kernels.h"
 
@@ -8,25 +9,6 @@ namespace {
 
 using namespace fastseq;
 using namespace fastseq::crf;
-
-void torch_parallel_for(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
-  torch::stable::parallel_for(0, n, 1, f);
-}
-
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return Type::f64;
-    case ScalarType::Float:
-      return Type::f32;
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    case ScalarType::Half:
-      return Type::f16;
-    default:
-      throw std::runtime_error("fastseq: emissions: wanted float64, float32, bfloat16 or float16");
-  }
-}
 
 // The arguments as the kernels take them. The tensors must outlive it.
 template <class R>
@@ -36,7 +18,7 @@ class Inputs : public Arguments<R> {
          const Tensor& transitions_, const Tensor& start_, const Tensor& end_)
       : Arguments<R>(emissions_, tags_, mask_, transitions_, start_, end_) {
     const Tensor& e = this->emissions;
-    x = {e.const_data_ptr(), type_of(e), this->B, this->T, this->K, e.stride(0), e.stride(1)};
+    x = {e.const_data_ptr(), type_of(e, "emissions"), this->B, this->T, this->K, e.stride(0), e.stride(1)};
     if (tags_)
       gold = {static_cast<const int64_t*>(tags_->const_data_ptr()), tags_->stride(0), tags_->stride(1)};
     find_rows(mask_);
@@ -77,7 +59,7 @@ Tensor crf_nll(const Tensor& emissions, const std::optional<Tensor>& tags, const
     using R = decltype(zero);
     const Inputs<R> in(emissions, tags, mask, transitions, start, end);
     Tensor out = empty(emissions, {in.B}, in.kType);
-    nll<R>(in.model(), in.gold, nullptr, 1.0, data<R>(out), nullptr, torch_parallel_for);
+    nll<R>(in.model(), in.gold, nullptr, 1.0, data<R>(out), nullptr, torch_threads);
     return out;
   });
 }
@@ -103,7 +85,7 @@ Grads crf_nll_grad(const Tensor& emissions, const std::optional<Tensor>& tags,
                                 data<R>(ga),
                                 data<R>(gs),
                                 data<R>(ge)};
-    nll<R>(in.model(), in.gold, w_data, scale, data<R>(values), &gradient, torch_parallel_for);
+    nll<R>(in.model(), in.gold, w_data, scale, data<R>(values), &gradient, torch_threads);
     double sum = 0;
     for (int64_t b = 0; b < B; ++b) {
       const double weight = w_data ? double(w_data[b]) : 1.0;
@@ -122,9 +104,9 @@ std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const std::optio
     Tensor paths = empty(emissions, {in.B, in.T}, ScalarType::Long),
            scores = empty(emissions, {in.B}, in.kType);
     if constexpr (std::is_same_v<R, float>)
-      FASTSEQ_SELECT(viterbi)(in.model(), data<int64_t>(paths), data<R>(scores), torch_parallel_for);
+      FASTSEQ_SELECT(viterbi)(in.model(), data<int64_t>(paths), data<R>(scores), torch_threads);
     else
-      FASTSEQ_SELECT(viterbi_exact<R>)(in.model(), data<int64_t>(paths), data<R>(scores), torch_parallel_for);
+      FASTSEQ_SELECT(viterbi_exact<R>)(in.model(), data<int64_t>(paths), data<R>(scores), torch_threads);
     return {paths, scores};
   });
 }
@@ -138,7 +120,7 @@ std::tuple<Tensor, Tensor> crf_nbest(const Tensor& emissions, const std::optiona
     const Inputs<R> in(emissions, std::nullopt, mask, transitions, start, end);
     Tensor paths = empty(emissions, {in.B, n, in.T}, ScalarType::Long),
            scores = empty(emissions, {in.B, n}, in.kType);
-    FASTSEQ_SELECT(nbest<R>)(in.model(), n, data<int64_t>(paths), data<R>(scores), torch_parallel_for);
+    FASTSEQ_SELECT(nbest<R>)(in.model(), n, data<int64_t>(paths), data<R>(scores), torch_threads);
     return {paths, scores};
   });
 }
@@ -149,7 +131,7 @@ Tensor crf_entropy(const Tensor& emissions, const std::optional<Tensor>& mask, c
     using R = decltype(zero);
     const Inputs<R> in(emissions, std::nullopt, mask, transitions, start, end);
     Tensor out = empty(emissions, {in.B}, in.kType);
-    FASTSEQ_SELECT(entropy<R>)(in.model(), data<R>(out), torch_parallel_for);
+    FASTSEQ_SELECT(entropy<R>)(in.model(), data<R>(out), torch_threads);
     return out;
   });
 }
@@ -165,8 +147,7 @@ Tensor crf_sample(const Tensor& uniforms, const Tensor& emissions, const std::op
     const Tensor u = torch::stable::contiguous(uniforms);
     Tensor out = empty(emissions, {u.size(0), in.B, in.T}, ScalarType::Long);
     FASTSEQ_SELECT(sample<R>)
-    (in.model(), static_cast<const R*>(u.const_data_ptr()), u.size(0), data<int64_t>(out),
-     torch_parallel_for);
+    (in.model(), static_cast<const R*>(u.const_data_ptr()), u.size(0), data<int64_t>(out), torch_threads);
     return out;
   });
 }

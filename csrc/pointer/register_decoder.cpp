@@ -4,7 +4,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../common/torch_tensor.h"
+#include "../common/torch_cpu.h"
 #include "decoder.h"
 
 namespace {
@@ -12,10 +12,6 @@ namespace {
 using namespace fastseq;
 using namespace fastseq::pointer;
 using Optional = std::optional<Tensor>;
-
-void torch_parallel_for(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
-  torch::stable::parallel_for(0, n, 1, f);
-}
 
 // Keeps the tensors that had to be made contiguous for as long as the pointers are in use.
 template <class R>
@@ -133,7 +129,7 @@ Seven forward(DECODER_INPUTS) {
          loss = make({d.B, d.T});
   const DecoderOutputs<R> out{data<R>(x),         data<R>(hiddens), data<R>(cells), data<R>(contexts),
                               data<R>(attention), data<R>(cover),   data<R>(loss)};
-  FASTSEQ_SELECT(decoder_forward<R>)(d, out, torch_parallel_for);
+  FASTSEQ_SELECT(decoder_forward<R>)(d, out, torch_threads);
   return {x, hiddens, cells, contexts, attention, cover, loss};
 }
 
@@ -179,7 +175,7 @@ Eleven backward(DECODER_SAVED) {
                                 data<R>(d_memory),     data<R>(d_features), data<R>(d_hidden),
                                 data<R>(d_cell),       data<R>(d_context),  data<R>(d_coverage),
                                 data<R>(d_w_coverage), data<R>(d_v)};
-  FASTSEQ_SELECT(decoder_backward<R>)(d, saved, out, torch_parallel_for);
+  FASTSEQ_SELECT(decoder_backward<R>)(d, saved, out, torch_threads);
   return {d_inputs, d_gates,   d_query,    d_memory,     d_features, d_hidden,
           d_cell,   d_context, d_coverage, d_w_coverage, d_v};
 }

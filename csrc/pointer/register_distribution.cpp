@@ -3,6 +3,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/torch_cpu.h"
 #include "distribution.h"
 #include "distribution_arguments.h"
 
@@ -11,25 +12,6 @@ namespace {
 using namespace fastseq;
 using namespace fastseq::pointer;
 using crf::Type;
-
-void torch_parallel_for(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
-  torch::stable::parallel_for(0, n, 1, f);
-}
-
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return Type::f64;
-    case ScalarType::Float:
-      return Type::f32;
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    case ScalarType::Half:
-      return Type::f16;
-    default:
-      throw std::runtime_error("fastseq: logits: wanted float64, float32, bfloat16 or float16");
-  }
-}
 
 // Runs f with R = double for float64 logits, else float.
 template <class F>
@@ -50,7 +32,7 @@ struct Inputs : MixtureArguments<R> {
 
   Mixture<R> mixture() const {
     const Tensor &z = this->logits, &a = this->attention;
-    return {{z.const_data_ptr(), type_of(z), this->B, this->T, this->V, z.stride(0), z.stride(1)},
+    return {{z.const_data_ptr(), type_of(z, "logits"), this->B, this->T, this->V, z.stride(0), z.stride(1)},
             this->attention_data(),
             a.stride(0),
             a.stride(1),
@@ -67,7 +49,7 @@ Tensor pointer_distribution(const Tensor& logits, const Tensor& attention, const
     using R = decltype(zero);
     const Inputs<R> in(logits, attention, gate, source_ids, num_oov);
     Tensor out = empty(gate, {in.B, in.T, in.V + num_oov}, in.kType);
-    FASTSEQ_SELECT(pointer_distribution<R>)(in.mixture(), data<R>(out), torch_parallel_for);
+    FASTSEQ_SELECT(pointer_distribution<R>)(in.mixture(), data<R>(out), torch_threads);
     return out;
   });
 }
@@ -84,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> pointer_distribution_grad(const Tensor& grad,
            to_gate = empty(gate, {in.B, in.T}, in.kType);
     FASTSEQ_SELECT(pointer_distribution_grad<R>)
     (in.mixture(), static_cast<const R*>(g.const_data_ptr()), g.stride(0), g.stride(1),
-     {to_logits.mutable_data_ptr(), data<R>(to_attention), data<R>(to_gate)}, torch_parallel_for);
+     {to_logits.mutable_data_ptr(), data<R>(to_attention), data<R>(to_gate)}, torch_threads);
     return {to_logits, to_attention, to_gate};
   });
 }
@@ -110,7 +92,7 @@ std::tuple<Tensor, Tensor> pointer_topk_rows(const Tensor& logits, const std::op
     const Tensor offset = bias ? torch::stable::contiguous(*bias) : gate;
     Tensor values = empty(gate, {N, k}, type), words = empty(gate, {N, k}, ScalarType::Long);
     const Candidates<R> candidates{z.const_data_ptr(),
-                                   type_of(z),
+                                   type_of(z, "logits"),
                                    bias ? static_cast<const R*>(offset.const_data_ptr()) : nullptr,
                                    static_cast<const R*>(a.const_data_ptr()),
                                    static_cast<const R*>(g.const_data_ptr()),
@@ -121,7 +103,7 @@ std::tuple<Tensor, Tensor> pointer_topk_rows(const Tensor& logits, const std::op
                                    T,
                                    S,
                                    V};
-    FASTSEQ_SELECT(pointer_topk<R>)(candidates, k, data<R>(values), data<int64_t>(words), torch_parallel_for);
+    FASTSEQ_SELECT(pointer_topk<R>)(candidates, k, data<R>(values), data<int64_t>(words), torch_threads);
     return {values, words};
   });
 }

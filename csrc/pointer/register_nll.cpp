@@ -4,33 +4,13 @@
 #include <tuple>
 #include <type_traits>
 
-#include "../common/torch_tensor.h"
+#include "../common/torch_cpu.h"
 #include "nll.h"
 
 namespace {
 
 using namespace fastseq;
 using namespace fastseq::pointer;
-
-void torch_parallel_for(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
-  torch::stable::parallel_for(0, n, 1, f);
-}
-
-Type type_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return Type::f64;
-    case ScalarType::Float:
-      return Type::f32;
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    case ScalarType::Half:
-      return Type::f16;
-    default:
-      throw std::runtime_error(std::string("fastseq: ") + name +
-                               ": wanted float64, float32, bfloat16 or float16");
-  }
-}
 
 Tensor rows_dense(const Tensor& t, const char* name) {
   check(t.dim() == 3, std::string(name) + ": wanted 3 dimensions, got " + std::to_string(t.dim()));
@@ -139,7 +119,7 @@ Tensor pointer_nll(const Tensor& hidden, const Tensor& weight, const std::option
     using R = decltype(zero);
     const Arguments<R> in(hidden, weight, bias, copy, gate, source, target, ignore_index, smoothing, z_loss);
     Tensor values = empty(hidden, {in.problem.B, in.problem.T}, in.kType);
-    nll<R>(in.problem, data<R>(values), torch_parallel_for);
+    nll<R>(in.problem, data<R>(values), torch_threads);
     return values;
   });
 }
@@ -166,7 +146,7 @@ Results pointer_nll_grad(const Tensor& hidden, const Tensor& weight, const std::
     nll_grad<R>(p,
                 {w ? read<R>(*w) : nullptr, data<R>(total), grad_hidden.mutable_data_ptr(),
                  grad_weight.mutable_data_ptr(), data<R>(grad_bias), data<R>(grad_copy), data<R>(grad_gate)},
-                torch_parallel_for);
+                torch_threads);
     return {total, grad_hidden, grad_weight, grad_bias, grad_copy, grad_gate};
   });
 }

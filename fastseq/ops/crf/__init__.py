@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from fastseq.ops.crf import eager, reference, samples
+from fastseq.ops.derivatives import is_one, pull_back
 from fastseq.reasons import needs, no_triton
 from fastseq.registry import Op, is_plain, opaque
 
@@ -185,18 +186,13 @@ def _nll_grad_backward(ctx: Any, grad_total: Tensor | None, *grad_grads: Tensor 
         _, x, a, s, e = nll_grad(*inputs[:6], scaled, ctx.scale)
     elif ctx.handed_over:  # a second backward pass: what was handed over is the user's, who may have changed it
         x, a, s, e = torch._foreach_mul(nll_grad.run(*inputs, ctx.scale)[1:], grad_total)
-    elif _is_one(grad_total):
+    elif is_one(grad_total):
         ctx.handed_over = True
         x, a, s, e = grad_x.data, grad_a.data, grad_s.data, grad_e.data  # no longer watched for changes in place
     else:
         x, a, s, e = torch._foreach_mul((grad_x, grad_a, grad_s, grad_e), grad_total)
     grad_weights = grad_total * ctx.scale * nll(*inputs[:6]) if ctx.needs_input_grad[6] else None
     return x, None, None, a, s, e, grad_weights, None
-
-
-def _is_one(grad: Tensor) -> bool:
-    """Whether `grad` is known to be 1, without waiting for a device or a tracer: then nothing is multiplied."""
-    return type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1.0
 
 
 nll_grad.autograd(setup=_nll_grad_setup, backward=_nll_grad_backward)
@@ -237,7 +233,7 @@ def _differentiate_eagerly(op: Op, differentiable: Any) -> None:
         return [i for i, t in enumerate(inputs) if t is not None and t.is_floating_point()]
 
     def run(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        found = eager.pull_back(differentiable, inputs, grad)
+        found = pull_back(differentiable, inputs, grad)
         gradients = ((found[i], inputs[i]) for i in floats(inputs))
         return tuple(torch.zeros_like(x) if gradient is None else gradient for gradient, x in gradients)
 
@@ -254,7 +250,7 @@ def _differentiate_eagerly(op: Op, differentiable: Any) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled() and is_plain((grad, *inputs)):  # create_graph: differentiable again
-            return eager.pull_back(differentiable, inputs, grad)
+            return pull_back(differentiable, inputs, grad)
         found = dict(zip(floats(inputs), hidden(grad, *inputs), strict=True))
         return tuple(found.get(i) for i in range(len(inputs)))
 

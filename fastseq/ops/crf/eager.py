@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseq.ops.crf import log_domain, scaled
-from fastseq.ops.crf.log_domain import double_backward, entropy, pull_back, token_nll
+from fastseq.ops.crf.log_domain import double_backward, entropy, token_nll
 from fastseq.ops.crf.packing import Packing, gather_tags, on_mask, pack
 from fastseq.ops.crf.search import nbest, sample, viterbi
 
@@ -23,7 +23,6 @@ __all__ = [
     "nbest",
     "nll",
     "nll_grad",
-    "pull_back",
     "sample",
     "token_nll",
     "viterbi",

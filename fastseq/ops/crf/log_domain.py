@@ -14,37 +14,11 @@ import torch
 from torch import Tensor
 
 from fastseq.ops.crf.packing import Packing, gather_tags, on_mask, pack
+from fastseq.ops.derivatives import pull_back
 
-__all__ = ["alphas", "double_backward", "entropy", "expectations", "log_partition", "pull_back", "token_nll"]
+__all__ = ["alphas", "double_backward", "entropy", "expectations", "log_partition", "token_nll"]
 
 Function = Callable[..., Tensor]
-
-
-def pull_back(
-    differentiable: Function, inputs: Sequence[Tensor | None], grad: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The gradients of <grad, differentiable(*inputs)>, one an input, None for those that have none.
-
-    The function is run again here, so nothing of it was kept. In grad mode the result can itself be
-    differentiated; otherwise inputs are cut off from their history first, and the graph is gone when this
-    returns.
-    """
-    again = torch.is_grad_enabled()
-    floats = [i for i, t in enumerate(inputs) if t is not None and t.is_floating_point()]
-    leaves = list(inputs)
-    for i in floats:
-        tensor = leaves[i]
-        assert tensor is not None
-        # A view: an input may depend on another input, and that path is the caller's, not ours.
-        leaves[i] = tensor.view_as(tensor) if again and tensor.requires_grad else tensor.detach().requires_grad_()
-    with torch.enable_grad():
-        output = differentiable(*leaves)
-        wanted = [leaf for i in floats if (leaf := leaves[i]) is not None]
-        found = torch.autograd.grad(output, wanted, grad, create_graph=again, allow_unused=True)
-    gradients: list[Tensor | None] = [None] * len(leaves)
-    for i, gradient in zip(floats, found, strict=True):
-        gradients[i] = gradient
-    return tuple(gradients)
 
 
 class _Recomputed(torch.autograd.Function):

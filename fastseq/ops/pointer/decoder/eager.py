@@ -280,7 +280,7 @@ def _stacked(steps: Sequence[tuple[Tensor, ...]], sizes: Sequence[int], like: Te
 
 def pull_back(inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of sum_i <grads_i, decoder(*inputs)_i>, differentiable again; None for inputs without one."""
-    leaves = [t if t is None or not t.requires_grad else t.view_as(t) for t in inputs]  # see crf.log_domain.pull_back
+    leaves = [t if t is None or not t.requires_grad else t.view_as(t) for t in inputs]  # see ops.derivatives
     wanted = {i: t for i, t in enumerate(leaves) if t is not None and t.requires_grad}
     given = [(output, grad) for output, grad in zip(decoder(*leaves), grads, strict=True) if grad is not None]
     given = [(output, grad) for output, grad in given if output.requires_grad]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastseq.ops.crf.log_domain import pull_back
+from fastseq.ops.derivatives import pull_back
 
 __all__ = ["CHUNK", "distribution", "distribution_grad", "double_backward", "products", "topk"]
 

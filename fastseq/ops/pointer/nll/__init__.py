@@ -54,6 +54,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastseq.ops.derivatives import is_one
 from fastseq.ops.pointer.nll import eager, reference, samples
 from fastseq.reasons import needs, no_triton
 from fastseq.registry import Op, is_plain, opaque
@@ -175,18 +176,13 @@ def _nll_grad_backward(ctx: Any, grad_total: Tensor | None, *grad_grads: Tensor 
         _, *grads = nll_grad(*inputs[:10], scaled)
     elif ctx.handed_over:  # a second backward pass: what was handed over is the user's, who may have changed it
         grads = torch._foreach_mul(nll_grad.run(*inputs)[1:], grad_total)
-    elif _is_one(grad_total):
+    elif is_one(grad_total):
         ctx.handed_over = True
         grads = [g.data for g in grads]  # no longer watched for changes in place
     else:
         grads = torch._foreach_mul(grads, grad_total)
     to_weights = grad_total * nll(*inputs[:10]) if ctx.needs_input_grad[10] else None
     return *_where_given(grads, tensors), *(None,) * 5, to_weights
-
-
-def _is_one(grad: Tensor) -> bool:
-    """Whether `grad` is known to be 1, without waiting for a device or a tracer: then nothing is multiplied."""
-    return type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1.0
 
 
 nll_grad.autograd(setup=_nll_grad_setup, backward=_nll_grad_backward)

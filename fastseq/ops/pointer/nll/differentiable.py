@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseq.ops.crf.log_domain import pull_back
+from fastseq.ops.derivatives import pull_back
 
 __all__ = ["double_backward", "total"]
 
