@@ -45,7 +45,19 @@ def op(name: str, backend: str) -> Any:
 
 
 def samples_of(op: Op, device: str, dtype: torch.dtype = torch.float64, seed: int = SEED) -> list[tuple[Any, ...]]:
-    return list(sample_inputs(op, device=device, dtype=dtype, seed=seed))
+    """The samples that the forced backend runs; a GPU kernel need not have every dtype and every option."""
+    found = [args for args in sample_inputs(op, device=device, dtype=dtype, seed=seed) if runs(op, args)]
+    if not found:
+        pytest.skip(f"the backend runs no sample of {op.name} in {dtype}")
+    return found
+
+
+def runs(op: Op, args: Sequence[Any]) -> bool:
+    try:
+        op.choose(*args)
+    except BackendError:
+        return False
+    return True
 
 
 def ordinary(
@@ -76,13 +88,14 @@ def scalar(output: Any) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each
 def test_matches_reference(op: Op, backend: str, device: str, dtype: torch.dtype) -> None:
+    samples_of(op, device, dtype)
     assert_matches_reference(op, backend, device=device, dtype=dtype, seed=SEED)
 
 
 @each
 def test_fake_is_like_real(op: Op, device: str) -> None:
     """Shapes, dtypes and strides of the fake implementation are the real ones, for every sample."""
-    for args in samples_of(op, device, torch.bfloat16) + samples_of(op, device)[::5]:
+    for args in samples_of(op, device, torch.bfloat16) + samples_of(op, device, torch.float32)[::5]:
         real = op.torch_op(*args)
         with FakeTensorMode() as mode:
             fake = op.torch_op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))

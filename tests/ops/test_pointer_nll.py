@@ -75,9 +75,19 @@ def truth(args: list[Any], *numbers: Any, weights: Tensor | None = None) -> tupl
     return reference.nll_grad(*doubled[:7], *numbers, doubled[7])
 
 
+def on(device: str, args: list[Any], numbers: Any) -> tuple[Any, ...]:
+    """The arguments on the device; skips where the forced backend lacks what `numbers` ask for."""
+    there: tuple[Any, ...] = to_device(args, device)
+    try:
+        ops.nll_grad.choose(*there, *numbers, None)
+    except fastseq.registry.BackendError as error:
+        pytest.skip(str(error))
+    return there
+
+
 def holds(args: list[Any], device: str, numbers: Any = (-100, 0.0, 0.0), *, tolerance: float = 2e-5) -> None:
     """Values, total and gradients are the float64 truth, relative to the largest gradient of each argument."""
-    there = to_device(args, device)
+    there = on(device, args, numbers)
     total, *grads = to_device(ops.nll_grad(*there, *numbers, None), "cpu")
     wanted_total, *wanted = truth(args, *numbers)
     torch.testing.assert_close(total.double(), wanted_total, rtol=tolerance, atol=tolerance)
@@ -161,7 +171,7 @@ def test_forbidden_and_impossible_words(device: str, copynet: bool) -> None:
 def test_a_bad_row_spoils_no_other(device: str, place: int) -> None:
     args = case()
     args[TARGET][1, 2], args[SOURCE][1, 0] = 3, 3
-    wanted = to_device(ops.nll_grad(*to_device(args, device), -100, 0.1, 0.01, None), "cpu")
+    wanted = to_device(ops.nll_grad(*on(device, args, (-100, 0.1, 0.01)), -100, 0.1, 0.01, None), "cpu")
     clean = ops.nll(*to_device(args, device), -100, 0.1, 0.01).cpu()
     args[place][1, 2] = NAN
     values = ops.nll(*to_device(args, device), -100, 0.1, 0.01).cpu()
