@@ -2,6 +2,7 @@
 
 fastseq.nn             modules: CRF, tag_constraints
 fastseq.functional     the same without a module
+fastseq.flash_attn     the functions of flash_attn, on any device
 fastseq.ops            tensors in, tensors out; torch.ops.fastseq.*
 fastseq.use("eager")   force a backend;  fastseq.explain(op, *args)  says why one was or was not chosen
 fastseq.patch(model)   swap what fastseq knows inside any module tree;  fastseq.unpatch(model)
@@ -39,6 +40,6 @@ def __getattr__(name: str) -> Any:
         raise ImportError(f"fastseq cannot be used here: {_broken}") from _broken
     if name in {"patch", "unpatch"}:
         return getattr(importlib.import_module("fastseq.integrations"), name)
-    if name in {"host", "integrations", "models", "recipes", "testing"}:
+    if name in {"flash_attn", "host", "integrations", "models", "recipes", "testing"}:
         return importlib.import_module(f"fastseq.{name}")
     raise AttributeError(f"module 'fastseq' has no attribute {name!r}")

@@ -19,6 +19,7 @@ else:
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 INSTALL = 'pip install "fastseq-kernels[recipes]"'
+SYSTEMS = "tagger, summarizer, classifier or regressor."
 
 
 def main() -> None:
@@ -81,7 +82,7 @@ def bench(context: typer.Context) -> None:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Which system: tagger or summarizer.")],
+    recipe: Annotated[str, typer.Argument(help="Which system: " + SYSTEMS)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="A YAML file of changed settings, or the name of one that the recipe brings.")
@@ -101,7 +102,7 @@ def train(
 
 
 def compare(
-    recipe: Annotated[str, typer.Argument(help="Which system: tagger or summarizer.")],
+    recipe: Annotated[str, typer.Argument(help="Which system: " + SYSTEMS)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="A YAML file of changed settings, or the name of one that the recipe brings.")
@@ -128,11 +129,11 @@ def compare(
 
 
 def predict(
-    recipe: Annotated[str, typer.Argument(help="Which system: tagger or summarizer.")],
+    recipe: Annotated[str, typer.Argument(help="Which system: " + SYSTEMS)],
     checkpoint: Annotated[Path, typer.Argument(help="A run directory, or the best.pt in it.")],
     json: Annotated[bool, typer.Option("--json", help="A JSON object a line, with all that is known.")] = False,
 ) -> None:
-    """Read one text a line from the standard input, and write its tags or summary as it comes."""
+    """Read one text (or JSON row) a line from the standard input, and write what is predicted of it as it comes."""
     with _clear_errors():
         from fastseq import recipes
 

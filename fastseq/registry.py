@@ -79,8 +79,8 @@ class Op:
         eager: The fastest that plain torch can do, on any device; the last choice, and never refuses.
         fake: Shapes and dtypes of the outputs for given (fake) inputs.
         samples: `samples(device, dtype, seed) -> iterator of argument tuples`, for the contract tests.
-        half_products: Whether matrix products have the dtype of the first argument, also of a half type: results are
-            then only as good as that, whatever their own dtype.
+        half_products: Whether matrix products have the least exact of the arguments' dtypes, a half type too: results
+            are then only as good as that, whatever their own dtype.
     """
 
     def __init__(

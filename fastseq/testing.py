@@ -60,7 +60,7 @@ def assert_matches_reference(
         device: Where the op runs; the reference runs on the CPU.
         dtype: Of the op's first floating-point tensor.
         seed: Of the sample inputs.
-        tolerance: Absolute and relative; by default that of each output's dtype in `TOLERANCES`, or of the first
+        tolerance: Absolute and relative; by default that of each output's dtype in `TOLERANCES`, or of the least exact
             argument's where the op's matrix products have that.
 
     Raises:
@@ -77,7 +77,8 @@ def assert_matches_reference(
         got = chosen.run(*args)
         wanted = _references(op, dtype, seed)[number]
         try:
-            by_default = TOLERANCES[args[0].dtype] if op.half_products else None
+            floats = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+            by_default = max(TOLERANCES[d] for d in floats) if op.half_products else None
             compare(to_device(got, "cpu"), wanted, by_default if tolerance is None else tolerance)
             compare(list(args), before, 0.0)
         except AssertionError as error:

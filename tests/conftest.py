@@ -11,7 +11,7 @@ import pytest
 import torch
 
 # Tiny tensors gain nothing from a second thread, and lose much where other tests run beside these.
-ONE_THREAD = {"benchmarks", "models", "recipes"}
+ONE_THREAD = {"benchmarks", "flash_attn", "models", "recipes"}
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Nobody shall take a run for more than it was: the GPU tests that were skipped, and why."""
-    skipped = (r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords)
+    skipped = (r for r in terminalreporter.stats.get("skipped", []) if "gpu" in getattr(r, "keywords", ()))
     for reason, count in Counter(r.longrepr[2].removeprefix("Skipped: ") for r in skipped).items():
         terminalreporter.write_line(f"{count} GPU tests skipped: {reason}")

@@ -4,17 +4,22 @@ A swap changes a module's class and nothing else: the module, its parameters and
 that they were, so optimizers, shared modules and references held elsewhere go on working, and the root itself
 can be swapped. To teach it a layer, add a line to `TABLE`; classes are looked for by name, so that nothing is
 imported.
+
+The new class is one of fastseq's, or a *mixture*: one of fastseq's before the module's own, under the name that it
+had. So a mixture passes for the class that it was (isinstance, and the names that transformers saves and looks up).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastseq.integrations import dropout, self_attention, transformers
 from fastseq.nn import CRF
 
 __all__ = ["TABLE", "Line", "Replacement", "Report", "patch", "unpatch"]
@@ -30,20 +35,52 @@ class Replacement:
     """How to swap the modules of one class.
 
     Attributes:
-        cls: The class that they get; it must live on the parameters and submodules that they have.
+        cls: The class that they get; it must live on the parameters and submodules that they have. None: their own,
+            for a class that is in the table only for its `why_not`.
         prepare: Adds what `cls` expects beside those, after the class has changed.
         why_not: The reason to leave a module as it is, or None.
         options: The names of `patch`'s options that it reads.
+        mixed: Mix `cls` with the class that they have.
+        whole: Where a module is left, all in it is left too.
     """
 
-    cls: type[nn.Module]
+    cls: type[nn.Module] | None
     prepare: Callable[[Any, Options], None] = lambda module, options: None
     why_not: Callable[[nn.Module, Options], str | None] = lambda module, options: None
     options: frozenset[str] = frozenset()
+    mixed: bool = False
+    whole: bool = False
 
+
+def _encoder(cls: type[nn.Module]) -> Replacement:
+    options = frozenset({"packed"})
+    return Replacement(cls, transformers.prepare, transformers.why_not_encoder, options, mixed=True, whole=True)
+
+
+_HEAD = Replacement(None, why_not=transformers.why_not_head, options=frozenset({"packed"}), whole=True)
+_BERT = "transformers.models.bert.modeling_bert"
+_DISTILBERT = "transformers.models.distilbert.modeling_distilbert"
+_DEBERTA = "transformers.models.deberta_v2.modeling_deberta_v2"
 
 TABLE: dict[str, Replacement] = {
     "torchcrf.CRF": Replacement(CRF, prepare=lambda crf, _: crf.allow()),
+    f"{_BERT}.BertModel": _encoder(transformers.Encoder),
+    f"{_BERT}.BertSelfAttention": Replacement(self_attention.BertAttention, mixed=True),
+    f"{_BERT}.BertSelfOutput": Replacement(dropout.Output, mixed=True),
+    f"{_BERT}.BertOutput": Replacement(dropout.Output, mixed=True),
+    f"{_BERT}.BertForQuestionAnswering": _HEAD,
+    f"{_BERT}.BertForSequenceClassification": Replacement(transformers.Classifier, mixed=True),
+    f"{_DISTILBERT}.DistilBertModel": _encoder(transformers.Encoder),
+    f"{_DISTILBERT}.DistilBertSelfAttention": Replacement(self_attention.DistilBertAttention, mixed=True),
+    f"{_DISTILBERT}.FFN": Replacement(dropout.FeedForward, mixed=True),
+    f"{_DISTILBERT}.DistilBertForQuestionAnswering": _HEAD,
+    f"{_DISTILBERT}.DistilBertForSequenceClassification": Replacement(transformers.Classifier, mixed=True),
+    f"{_DEBERTA}.DebertaV2Model": _encoder(transformers.DebertaEncoder),
+    f"{_DEBERTA}.DisentangledSelfAttention": Replacement(self_attention.DebertaAttention, mixed=True),
+    f"{_DEBERTA}.DebertaV2SelfOutput": Replacement(dropout.Output, mixed=True),
+    f"{_DEBERTA}.DebertaV2Output": Replacement(dropout.Output, mixed=True),
+    f"{_DEBERTA}.DebertaV2ForQuestionAnswering": _HEAD,
+    f"{_DEBERTA}.DebertaV2ForSequenceClassification": Replacement(transformers.Classifier, mixed=True),
 }
 """The full name of a class: its replacement."""
 
@@ -87,14 +124,20 @@ class _Record(NamedTuple):
 def patch(model: nn.Module, **options: Any) -> Report:
     """Swap, in place, every module of `model` that fastseq has a faster one for, `model` itself included.
 
-    Knows: `torchcrf.CRF` of pytorch-crf, which becomes `fastseq.nn.CRF` with the same results. Two things
-        differ: what
-    pytorch-crf refuses (a mask that is off at a first timestep) works, and `isinstance(module, torchcrf.CRF)`
-    is no longer true. Parameters stay the same objects. A second call changes nothing more.
+    Knows:
+
+    - `torchcrf.CRF` of pytorch-crf, which becomes `fastseq.nn.CRF` with the same results. Two things differ: what
+      pytorch-crf refuses (a mask that is off at a first timestep) works, and `isinstance(module, torchcrf.CRF)`
+      is no longer true.
+    - BERT, DistilBERT, DeBERTa-v2 and DeBERTa-v3 of Hugging Face's transformers, bare or in a larger model: their
+      encoders run on real tokens only, see `fastseq.integrations.transformers`. Hidden states are 0 at padding.
+
+    Parameters stay the same objects. A second call changes nothing more.
 
     Args:
         model: Any module.
-        options: Options of the replacements; there are none yet.
+        options: Options of the replacements. `packed` (True): leave padding out of encoders. If False, padding runs
+            along, and only their attention is swapped.
 
     Returns:
         What was changed, and what was left and why.
@@ -106,20 +149,44 @@ def patch(model: nn.Module, **options: Any) -> Report:
     unknown = options.keys() - frozenset[str]().union(*(r.options for r in TABLE.values()))
     if unknown:
         raise TypeError(f"options: got {', '.join(sorted(unknown))}, which no replacement knows")
-    report = Report()
+    report, left_whole = Report(), set[nn.Module]()
     for name, module in list(model.named_modules()):
         cls = type(module)
         replacement = TABLE.get(_name(cls))
-        reason = _why_not(module, replacement, options)
+        reason = None if module in left_whole else _why_not(module, replacement, options)
         if reason is not None:
             report.left.append(Line(name or "(root)", _name(cls), reason))
-        elif replacement is not None:
-            before = _members(module)
-            module.__class__ = replacement.cls
-            replacement.prepare(module, options)
-            setattr(module, RECORD, _Record(_name(cls), _members(module) - before))
+            if replacement is not None and replacement.whole and RECORD not in module.__dict__:
+                left_whole.update(module.modules())
+        elif replacement is not None and replacement.cls is not None and module not in left_whole:
+            _swap(module, replacement, options)
             report.changed.append(Line(name or "(root)", _name(cls), _name(replacement.cls)))
     return report
+
+
+def _swap(module: nn.Module, replacement: Replacement, options: Options) -> None:
+    cls: Any = type(module)
+    ours: Any = replacement.cls
+    before = _members(module)
+    module.__class__ = _mixture(ours, cls) if replacement.mixed else ours
+    replacement.prepare(module, options)
+    setattr(module, RECORD, _Record(_name(cls), _members(module) - before))
+
+
+@functools.cache
+def _mixture(ours: Any, theirs: Any) -> Any:
+    """`ours` before `theirs`, with the name and the module of `theirs`, by which it cannot be pickled: so how."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _unpickled, (ours, theirs), *object.__reduce_ex__(self, max(int(protocol), 2))[2:]
+
+    names = {name: getattr(theirs, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(theirs.__name__, (ours, theirs), {**names, "__reduce_ex__": reduce})
+
+
+def _unpickled(ours: Any, theirs: Any) -> Any:
+    cls = _mixture(ours, theirs)
+    return cls.__new__(cls)
 
 
 def unpatch(model: nn.Module) -> Report:
@@ -143,7 +210,8 @@ def unpatch(model: nn.Module) -> Report:
             original = _find(record.cls)
             for member in (*record.added, RECORD):
                 delattr(module, member)
-            report.changed.append(Line(name or "(root)", _name(type(module)), record.cls))
+            ours = type(module).__mro__[_name(type(module)) == record.cls]  # that of a mixture comes after it
+            report.changed.append(Line(name or "(root)", _name(ours), record.cls))
             module.__class__ = original
     return report
 

@@ -2,5 +2,7 @@
 
 from fastseq.models.summarizer import PointerGeneratorSummarizer, Summaries
 from fastseq.models.tagger import SoftmaxDecoder, Tagger
+from fastseq.models.text_classifier import TextClassifier
+from fastseq.models.text_regressor import TextRegressor
 
-__all__ = ["PointerGeneratorSummarizer", "SoftmaxDecoder", "Summaries", "Tagger"]
+__all__ = ["PointerGeneratorSummarizer", "SoftmaxDecoder", "Summaries", "Tagger", "TextClassifier", "TextRegressor"]

@@ -1,5 +1,5 @@
 """The operators: tensors in, tensors out. One folder a family; each `__init__` is a contract and its mathematics."""
 
-from fastseq.ops import crf, pointer
+from fastseq.ops import attention, crf, pointer
 
-__all__ = ["crf", "pointer"]
+__all__ = ["attention", "crf", "pointer"]

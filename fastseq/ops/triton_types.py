@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["as_float", "from_float"]
+__all__ = ["as_float", "from_float", "operand"]
 
 
 @triton.jit
@@ -34,3 +34,22 @@ def from_float(values, dtype: tl.constexpr):
         return tl.where(values == values, rounded, 0x7FC0).to(tl.int16)
     else:
         return values.to(dtype)
+
+
+@triton.jit
+def operand(raw, PRODUCTS: tl.constexpr):
+    """A tile as the type of the products; "emulated" is bfloat16 for the interpreter: rounded, but kept as float32."""
+    if PRODUCTS == "bfloat16":
+        if raw.dtype == tl.int16:
+            return raw.to(tl.bfloat16, bitcast=True)
+        else:
+            return raw.to(tl.bfloat16)
+    elif PRODUCTS == "emulated":
+        if raw.dtype == tl.int16:
+            return as_float(raw)
+        else:
+            return as_float(from_float(raw, tl.int16))
+    elif PRODUCTS == "float16":
+        return as_float(raw).to(tl.float16)
+    else:
+        return as_float(raw)

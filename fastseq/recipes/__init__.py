@@ -14,7 +14,7 @@ from fastseq.recipes.config import RecipeConfig
 from fastseq.recipes.errors import RecipeError
 from fastseq.recipes.task import Task
 
-RECIPES = {"tagger": "fastseq.recipes.tagger", "summarizer": "fastseq.recipes.summarizer"}
+RECIPES = {name: f"fastseq.recipes.{name}" for name in ("tagger", "summarizer", "classifier", "regressor")}
 """Every recipe by name, and the package that implements it."""
 
 

@@ -41,6 +41,7 @@ class Variant:
         train: the settings; `buckets` and `fused` are levers.
         total_steps: of the learning rate's schedule.
         bf16: run the forward pass under bf16 autocast.
+        collate: makes its batches; None is the task's.
         seconds: of each turn that was timed.
         examples: trained on in those.
         steps: done in those.
@@ -51,27 +52,28 @@ class Variant:
     train: TrainConfig
     total_steps: int
     bf16: bool = False
+    collate: Callable[[list[Any]], Batch] | None = None
     seconds: list[float] = field(default_factory=list)
     examples: int = 0
     steps: int = 0
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self.optimizer = self._optimizer()
-        factor = learning_rate(self.train, self.total_steps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.restart(self.total_steps)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        if self.train.fused:
-            return make_optimizer(self.model, self.train)
-        return torch.optim.Adam(self.model.parameters(), lr=self.train.lr, betas=self.train.betas)
+    def restart(self, total_steps: int) -> None:
+        """Begins with a fresh optimizer, and a schedule of so many steps."""
+        self.total_steps = total_steps
+        self.optimizer = make_optimizer(self.model, self.train)
+        factor = learning_rate(self.train, total_steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     def batches(self, task: Task, indices: Sequence[int], seed: int) -> Iterator[Batch]:
         """The examples at `indices`, in this variant's order and batches."""
         lengths = np.array([task.length(task.train[i]) for i in indices], dtype=np.int64)
         plan = EpochBatches(lengths, self.train.batch_size, seed, self.train.buckets)
         for batch in plan.plan(0):
-            yield task.collate([task.train[indices[i]] for i in batch])
+            yield (self.collate or task.collate)([task.train[indices[i]] for i in batch])
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch."""

@@ -34,6 +34,7 @@ class TrainConfig(Section):
     accumulate: PositiveInt = 1
     fraction: Fraction = 1.0
     lr: Positive = 1e-3
+    encoder_lr: Positive | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -41,6 +42,8 @@ class TrainConfig(Section):
     clip: Positive | None = None
     fused: bool = True
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    tf32: bool | None = None
+    gradient_checkpointing: bool = False
     eval_every: PositiveInt | None = None
     eval_batch_size: PositiveInt = 128
     max_eval_batches: PositiveInt | None = None

@@ -1,4 +1,4 @@
-"""Descriptions of packages from Debian's index, by apt-get: no root, and nothing of the system's own is touched.
+"""Data made of Debian's index of packages, by apt-get: no root, and nothing of the system's own is touched.
 
 apt-get brings the index of the archives that this machine is set up for, and checks it against their signatures. What
 is in a suite changes with time, so that there is no fixed hash to compare with: which suite of which date it was, and
@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ CAT = Path("/usr/lib/apt/apt-helper")
 """Reads what apt has downloaded, whatever it is compressed with."""
 
 
+Make = Callable[[Iterator[dict[str, str]], dict[str, str]], list[dict[str, Any]]]
+"""Rows of the packages' fields and of the descriptions by their MD5."""
+
+
 def descriptions(lists: Path) -> tuple[bytes, dict[str, Any]]:
     """Brings the index, and makes pairs of a package's long description and its one-line synopsis.
 
@@ -47,22 +51,41 @@ def descriptions(lists: Path) -> tuple[bytes, dict[str, Any]]:
     Raises:
         FetchError: no apt-get, no network, or no signed archive of Debian among those that apt-get knows.
     """
+    return _made(lists, make_pairs, "pairs")
+
+
+def sizes(lists: Path) -> tuple[bytes, dict[str, Any]]:
+    """Brings the index, and makes rows of what is known of a package and of the space that it takes when installed.
+
+    Args:
+        lists: a folder for apt-get's files.
+
+    Returns:
+        JSON lines with the keys of `make_sizes`; and what they come from, as plain values.
+
+    Raises:
+        FetchError: as of `descriptions`.
+    """
+    return _made(lists, make_sizes, "rows")
+
+
+def _made(lists: Path, make: Make, count: str) -> tuple[bytes, dict[str, Any]]:
     if shutil.which("apt-get") is None or not CAT.exists():
-        raise FetchError("debian-synopsis: apt-get is wanted, of a Debian machine or container; there is none here")
+        raise FetchError("Debian's index: apt-get is wanted, of a Debian machine or container; there is none here")
     with tempfile.TemporaryDirectory() as cache:
         _update(lists, Path(cache))
     packages, translations = _targets(lists)
-    synopses = {
+    texts = {
         stanza["Description-md5"]: stanza["Description-en"]
         for stanza in stanzas(_cat(translations["filename"]))
         if "Description-en" in stanza and "Description-md5" in stanza
     }
-    pairs = make_pairs(stanzas(_cat(packages["filename"])), synopses)
-    if not pairs:
-        raise FetchError(f"debian-synopsis: no description in {packages['filename']}")
-    text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+    rows = make(stanzas(_cat(packages["filename"])), texts)
+    if not rows:
+        raise FetchError(f"Debian's index: no description in {packages['filename']}")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     origin = {key: packages[key] for key in ("origin", "codename", "suite", "version", "component")}
-    return text.encode("utf-8"), {**origin, "date": _release_date(packages), "pairs": len(pairs)}
+    return text.encode("utf-8"), {**origin, "date": _release_date(packages), count: len(rows)}
 
 
 def stanzas(text: str) -> Iterator[dict[str, str]]:
@@ -92,6 +115,64 @@ def make_pairs(packages: Iterator[dict[str, str]], descriptions: dict[str, str])
     return list(pairs.values())
 
 
+RELATIONS = {
+    "depends": "Depends",
+    "pre_depends": "Pre-Depends",
+    "recommends": "Recommends",
+    "suggests": "Suggests",
+    "enhances": "Enhances",
+    "provides": "Provides",
+    "breaks": "Breaks",
+    "replaces": "Replaces",
+    "conflicts": "Conflicts",
+}
+"""The fields of a package that list others, by their names in the rows of `make_sizes`."""
+
+SMALLEST = 16
+"""KiB; what is smaller holds no more than a changelog and a copyright file."""
+
+
+def make_sizes(packages: Iterator[dict[str, str]], descriptions: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each package of 16 KiB or more that has a description: what its maintainers wrote of it, and its size.
+
+    Returns:
+        Of each: package, group (the source package), synopsis, description, section, priority, architecture,
+        multi_arch, maintainer and version; the names that each field of `RELATIONS` lists, and tags; the counts of
+        these as n_depends and so on; and installed_size in KiB. Neither the size of the archive file nor anything
+        else that is known only of a built package is among them.
+    """
+    rows = []
+    for package in packages:
+        synopsis, _, body = descriptions.get(package.get("Description-md5", ""), "").partition("\n")
+        description, size = _paragraphs(body), int(package.get("Installed-Size", "0"))
+        if not description or size < SMALLEST:
+            continue
+        lists = {key: _names(package.get(field, "")) for key, field in RELATIONS.items()}
+        lists["tags"] = [tag.strip() for tag in package.get("Tag", "").split(",") if tag.strip()]
+        rows.append(
+            {
+                "package": package["Package"],
+                "group": package.get("Source", package["Package"]).split()[0],
+                "synopsis": synopsis.strip(),
+                "description": description,
+                **{key: package.get(key.replace("_", "-").title(), "") for key in PLAIN},
+                **lists,
+                **{f"n_{key}": len(names) for key, names in lists.items()},
+                "installed_size": size,
+            }
+        )
+    return rows
+
+
+PLAIN = ("section", "priority", "architecture", "multi_arch", "maintainer", "version")
+
+
+def _names(field: str) -> list[str]:
+    """The names in a list of relations: each alternative counts, versions and architectures do not."""
+    parts = (re.split(r"[\s(:\[]", part.strip())[0] for part in re.split(r"[,|]", field))
+    return [name for name in parts if name]
+
+
 def _paragraphs(body: str) -> str:
     """A description's body without its markup: paragraphs end at a dot alone, and are joined to a line each."""
     paragraphs = re.split(r"(?m)^\s*\.\s*$", body)
@@ -103,7 +184,7 @@ def _apt(command: list[str], lists: Path, *options: str) -> str:
     line = [command[0], *(part for setting in settings for part in ("-o", setting)), *command[1:]]
     result = subprocess.run(line, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise FetchError(f"debian-synopsis: {' '.join(command[:2])} failed; is there a network?\n{_end(result.stderr)}")
+        raise FetchError(f"Debian's index: {' '.join(command[:2])} failed; is there a network?\n{_end(result.stderr)}")
     return result.stdout
 
 
@@ -123,10 +204,10 @@ def _targets(lists: Path) -> tuple[dict[str, str], dict[str, str]]:
             kinds = (packages["created_by"], other["created_by"])
             if kinds == ("Packages", "Translations") and packages["codename"] == other["codename"]:
                 if {packages["trusted"], other["trusted"]} != {"yes"}:
-                    raise FetchError(f"debian-synopsis: apt-get could not verify {packages['codename']}'s signature")
+                    raise FetchError(f"Debian's index: apt-get could not verify {packages['codename']}'s signature")
                 return packages, other
     raise FetchError(
-        "debian-synopsis: apt-get brought no index of Debian (origin Debian, component main) with English "
+        "Debian's index: apt-get brought no index of Debian (origin Debian, component main) with English "
         "descriptions; is there a network, and is an archive of Debian among its sources?"
     )
 
@@ -134,7 +215,7 @@ def _targets(lists: Path) -> tuple[dict[str, str], dict[str, str]]:
 def _cat(file: str) -> str:
     result = subprocess.run([str(CAT), "cat-file", file], capture_output=True, check=False)
     if result.returncode:
-        raise FetchError(f"debian-synopsis: {file} could not be read\n{_end(result.stderr.decode(errors='replace'))}")
+        raise FetchError(f"Debian's index: {file} could not be read\n{_end(result.stderr.decode(errors='replace'))}")
     return result.stdout.decode("utf-8", "replace")
 
 

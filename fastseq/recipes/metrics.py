@@ -1,7 +1,9 @@
-"""Metrics of tag sequences and of summaries, in per cent."""
+"""Metrics of tag sequences, summaries, labels and sizes, in per cent."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 Tags = Sequence[Sequence[str]]
@@ -44,3 +46,17 @@ def rouge(references: Sequence[str], outputs: Sequence[str]) -> dict[str, float]
     scorer = RougeScorer(kinds, use_stemmer=True)
     scores = [scorer.score(reference, output) for reference, output in zip(references, outputs, strict=True)]
     return {kind: 100 * sum(score[kind].fmeasure for score in scores) / max(1, len(scores)) for kind in kinds}
+
+
+def label_scores(gold: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
+    """The share of labels that are right, and the mean over the gold labels of each one's F1."""
+    hits = Counter(a for a, b in zip(gold, predicted, strict=True) if a == b)
+    wanted, given = Counter(gold), Counter(predicted)
+    f1 = [2 * hits[label] / (wanted[label] + given[label]) for label in wanted]
+    return {"accuracy": 100 * sum(hits.values()) / max(1, len(gold)), "macro_f1": 100 * sum(f1) / max(1, len(f1))}
+
+
+def smape(actual: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
+    """The symmetric mean absolute percentage error, 0 to 200: the mean of 200 |a - p| / (|a| + |p|), and 0 for 0, 0."""
+    errors = [200 * abs(a - p) / (abs(a) + abs(p)) if a or p else 0.0 for a, p in zip(actual, predicted, strict=True)]
+    return {"smape": math.fsum(errors) / max(1, len(errors))}

@@ -28,7 +28,8 @@ class Task:
         collate: makes a batch of a list of examples.
         length: the length of an example, which the length buckets sort by.
         evaluate: named metrics of a model on batches; the model is in evaluation mode and under autocast.
-        score: the metric of `evaluate` that training maximises.
+        score: the metric of `evaluate` that chooses the best weights.
+        lower_is_better: of `score`; else the highest is the best.
         artefacts: plain values that prediction needs besides the weights, such as the vocabulary.
         collate_evaluation: the same for evaluation, where a batch holds more than the model takes; None where not.
         evaluate_test: the same for the test examples, where that is another; None where it is not.
@@ -43,6 +44,7 @@ class Task:
     length: Callable[[Any], int]
     evaluate: Evaluation
     score: str
+    lower_is_better: bool = False
     artefacts: dict[str, Any] = field(default_factory=dict)
     collate_evaluation: Callable[[list[Any]], Batch] | None = None
     evaluate_test: Evaluation | None = None

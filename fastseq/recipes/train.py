@@ -68,10 +68,28 @@ def run(config: ConfigT, build: Callable[[ConfigT], Task]) -> dict[str, float]:
         torch.set_num_threads(config.train.threads)
     accelerator = make_accelerator(config.train)
     set_seed(config.seed)
-    trainer = Trainer(build(config), config, accelerator)
+    task = build(config)
+    prepare(task.model, config.train)
+    trainer = Trainer(task, config, accelerator)
     trainer.resume()
     trainer.fit()
     return trainer.finish()
+
+
+def prepare(model: nn.Module, config: TrainConfig) -> None:
+    """Sets what a configuration asks of the matrix products and of the model's memory.
+
+    Raises:
+        ConfigError: the model cannot recompute its layers.
+    """
+    if config.tf32 is not None:  # else PyTorch's own setting stays
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.gradient_checkpointing:
+        enable = getattr(model, "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise ConfigError("train.gradient_checkpointing: this recipe's model has no layers to recompute, got true")
+        enable()
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -100,10 +118,19 @@ def wants_bf16(config: TrainConfig) -> bool:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained; one fused kernel a step where asked for."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """AdamW over what is trained; one fused kernel a step where asked for.
+
+    With an `encoder_lr`, what is inside a submodule called encoder has that learning rate, and all else `lr`.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    rates = {True: config.encoder_lr or config.lr, False: config.lr}
+    inside = {name: config.encoder_lr is not None and "encoder" in name.split(".")[:-1] for name, _ in trained}
+    groups = [
+        {"params": [parameter for name, parameter in trained if inside[name] == which], "lr": rates[which]}
+        for which in sorted(set(inside.values()))
+    ]
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
@@ -210,7 +237,7 @@ class Trainer:
 
     def _keep_if_best(self, metrics: dict[str, float]) -> None:
         position, patience = self.position, self.config.train.patience
-        score = metrics[self.task.score]
+        score = -metrics[self.task.score] if self.task.lower_is_better else metrics[self.task.score]
         if score > position.best:
             position.best, position.best_step, position.stale = score, position.step, 0
             self._save_best(metrics)

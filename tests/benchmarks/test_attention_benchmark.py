@@ -57,7 +57,8 @@ def test_truth_of_disentangled_attention_is_what_transformers_computes() -> None
     out = inputs.there(attention_models.disentangled_core(inputs)(leaves, 0.0))
     out.backward(inputs.grad)  # type: ignore[no-untyped-call]
     got = {"out": out.detach()} | {name: x.grad for name, x in leaves.items() if x.grad is not None}
-    assert gradient_error(got, attention_truth.disentangled_outputs_and_gradients(inputs)) < 1e-6  # they compute the scale in float32
+    # They compute the scale in float32.
+    assert gradient_error(got, attention_truth.disentangled_outputs_and_gradients(inputs)) < 1e-6
     assert len(got) == 6
 
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,8 +23,15 @@ from fastseq.testing import compare, sample_inputs
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-FAMILIES = ("crf", "pointer")
+FAMILIES = ("crf", "pointer", "attention")
 NAMES = ("crf_nll", "crf_nll_grad", "crf_viterbi", "pointer_nll", "pointer_nll_grad")
+NAMES += ("attention", "attention_grad", "disentangled_attention", "disentangled_attention_grad")
+HOSTS = {  # the module of the backend `triton`, and that of what it launches with, by the beginning of an op's name
+    "crf": ("fastseq.ops.crf.triton",) * 2,
+    "pointer": ("fastseq.ops.pointer.nll.triton",) * 2,
+    "attention": ("fastseq.ops.attention.dot_product.triton", "fastseq.ops.attention.triton_call"),
+    "disentangled": ("fastseq.ops.attention.disentangled.triton", "fastseq.ops.attention.triton_call"),
+}
 
 
 def _child(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -92,10 +100,16 @@ def recorded(compiler: Any) -> dict[str, dict[str, int]]:
 
 
 def test_the_table_is_of_these_cases_and_nothing_spills(compiler: Any, recorded: dict[str, dict[str, int]]) -> None:
-    """But float64 Viterbi of more than 64 tags: its transitions alone are half of all registers of a multiprocessor."""
+    """But float64 Viterbi of more than 64 tags: its transitions alone are half of all registers of a multiprocessor.
+
+    And attention, where sizes are those that are fastest, except in its usual forms.
+    """
     assert set(recorded) == {compiler.name_of(case) for case in compiler.cases()}
     spills = {name for name, row in recorded.items() if row["stack"]}
-    assert {name for name in spills if not name.startswith("viterbi grad fp64 128")} == set()
+    attention = {compiler.name_of(case) for case in compiler.triton_attention_cases.cases()}
+    assert {name for name in spills - attention if not name.startswith("viterbi grad fp64 128")} == set()
+    usual = {name for name in attention if re.search("(plain|causal) bf16 64", name)}
+    assert usual & spills == set()
     assert max(row["shared"] for name, row in recorded.items() if name.endswith("sm_75")) <= 64 << 10
     assert max(row["shared"] for row in recorded.values()) <= 99 << 10  # what sm_86, sm_89 and sm_120 have
 
@@ -114,6 +128,8 @@ FEW = [
     ("hidden_gradient", "pointer", "bf16+", 256, 90),
     ("weight_gradient", "pointer", "fp32", 256, 90),
     ("weight_gradient", "pointer", "bf16+", 256, 80),
+    ("forward", "plain", "bf16", 64, 90),
+    ("query_gradient", "positions", "bf16", 64, 80),
 ]
 
 
@@ -121,6 +137,13 @@ FEW = [
 def test_compiles_within_its_resources(compiler: Any, recorded: dict[str, dict[str, int]], case: Any) -> None:
     case = next(c for c in compiler.cases() if tuple(c) == case)
     assert compiler.excess(compiler.resources(case), recorded[compiler.name_of(case)]) == []
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_attention_is_products_on_tensor_cores(compiler: Any, architecture: int) -> None:
+    """Two a tile of scores forward, in code for masked tiles and for others."""
+    case = next(c for c in compiler.cases() if tuple(c) == ("forward", "plain", "bf16", 64, architecture))
+    assert compiler.tensor_core_products(case) >= 4
 
 
 @pytest.mark.slow
@@ -133,18 +156,20 @@ def test_all_compile_within_their_resources(recorded: dict[str, dict[str, int]])
 # ---- the host's part -------------------------------------------------------------------------------------------------
 
 
-def _host(name: str) -> Any:
-    """The function that the backend `triton` of an op calls."""
-    package = "fastseq.ops.crf.triton" if name.startswith("crf") else "fastseq.ops.pointer.nll.triton"
-    return getattr(importlib.import_module(package), name.partition("_")[2])
+def _host(name: str) -> tuple[Any, Any]:
+    """The function that the backend `triton` of an op calls, and the module that launches kernels for it."""
+    family, _, rest = name.partition("_")
+    package, launcher = HOSTS[family]
+    function = rest if family in ("crf", "pointer") else name
+    return getattr(importlib.import_module(package), function), importlib.import_module(launcher)
 
 
 @needs_triton
 @pytest.mark.parametrize("name", NAMES)
 def test_never_waits_for_a_device(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """On the meta device there are no values to wait for: what reads one fails. Shapes and dtypes are the op's."""
-    host = _host(name)
-    monkeypatch.setattr(importlib.import_module(host.__module__), "_launch", lambda *args, **constants: None)
+    host, launcher = _host(name)
+    monkeypatch.setattr(launcher, "_launch", lambda *args, **constants: None)
     for args in sample_inputs(name, dtype=torch.bfloat16):
         meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
         if OPS[name].name.startswith("pointer") and meta[8]:

@@ -21,10 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parent))
+import triton_attention_cases
 import triton_crf_cases
 import triton_pointer_cases
 
-FAMILIES = (triton_crf_cases, triton_pointer_cases)
+FAMILIES = (triton_crf_cases, triton_pointer_cases, triton_attention_cases)
 TABLE = Path(__file__).with_name("triton_resources.json")
 
 
@@ -33,20 +34,33 @@ def cases() -> list[Any]:
     return [case for family in FAMILIES for case in family.cases()]
 
 
-def resources(case: Any) -> dict[str, int]:
-    """Compile one case; what its cubin says."""
+def compiled(case: Any) -> Any:
+    """Compile one case."""
     family = next(f for f in FAMILIES if isinstance(case, f.Case))
     source, warps = family.source(case)
     options = {"num_warps": warps, **family.COMPILE}
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+    if hasattr(family, "stages"):
+        options["num_stages"] = family.stages(case)
+    return triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+
+
+def tensor_core_products(case: Any) -> int:
+    """How many instructions for matrix products it has."""
+    return len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", compiled(case).asm["ptx"]))
+
+
+def resources(case: Any) -> dict[str, int]:
+    """Compile one case; what its cubin says."""
+    kernel = compiled(case)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout + text.stderr))
     stack = int(usage["STACK"]) + int(usage["LOCAL"])
-    return {"registers": int(usage["REG"]), "stack": stack, "shared": compiled.metadata.shared, "num_warps": warps}
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    return {"registers": int(usage["REG"]), "stack": stack, "shared": shared, "num_warps": warps}
 
 
 def name_of(case: Any) -> str:

@@ -66,3 +66,34 @@ def tiny(conll: dict[str, Path], tmp_path: Path) -> list[str]:
 def tiny_settings_of() -> Callable[[dict[str, Path], Path], list[str]]:
     """The function itself, for fixtures that outlive a test: a conftest cannot be imported by name."""
     return tiny_settings
+
+
+WORDS = ["good", "bad", "fine", "poor", "film", "plot", "the", "a", "and", "with", "lib", "tool", "data", "doc"]
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as transformers saves one: a BERT of two small layers, and a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *"abcdefghijklmnopqrstuvwxyz"])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    return folder
+
+
+QUIET = ["train.precision=fp32", "train.threads=1", "train.tensorboard=false", "train.progress=false"]
+
+
+@pytest.fixture(scope="session")
+def quiet() -> list[str]:
+    """Settings of runs whose results are compared, and whose output is read."""
+    return QUIET

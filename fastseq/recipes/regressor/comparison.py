@@ -1,0 +1,20 @@
+"""``fastseq compare regressor``: the encoder as it is usually run against real tokens, bf16 and fused updates."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from fastseq.recipes import encoder_compare
+from fastseq.recipes.regressor.recipe import Config, build
+
+
+def compare(config: Config, examples: int) -> dict[str, Any]:
+    """See `encoder_compare.compare`.
+
+    Args:
+        config: of the recipe.
+        examples: the most that a version is trained on.
+    """
+    make, encoder = partial(build, config), config.model.encoder
+    return encoder_compare.compare("regressor", config, config.data.name, encoder, make, examples)
