@@ -3,13 +3,14 @@
 Lengths are lognormal with the shape's mean, at most its maximum, to which the batch is padded. A step is the loss of a
 classifier of two classes, its gradients, and AdamW; dropout is 0.1, and off where results are checked. "Hugging Face"
 is transformers' model with its own attention of plain torch, "sdpa" its faster one, both with AdamW as torch makes it
-by default; fastseq's have `patch(model, packed=True)` and the fused AdamW; "bf16" is autocast.
+by default; fastseq's have `patch(model, packed=True)`, the fused AdamW and `host.keep_memory()`; "bf16" is autocast.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import importlib
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseq
+from fastseq import host
 from fastseq_benchmarks.attention_truth import BUCKETS, MAX_POSITION, DisentangledInputs
 from fastseq_benchmarks.runner import Rival, Shape
 
@@ -160,18 +162,40 @@ def rivals(inputs: ModelInputs) -> list[Rival]:
     found = [
         Rival("Hugging Face", *training_step(copy.deepcopy(model), batch)),
         Rival("Hugging Face sdpa", *training_step(faster, batch)),
-        Rival(PACKED, *training_step(packed, batch, fused=True)),
-        Rival(HALF, *training_step(half, batch, half=True, fused=True), tolerance=HALF_TOLERANCE),
+        _packed(PACKED, packed, batch),
+        _packed(HALF, half, batch, half=True),
     ]
     if inputs.name == "deberta":
         del found[1]
     if inputs.name == "bert":
         small = make_model("distilbert", 0).to(batch["labels"].device)
         fastseq.patch(small, packed=True)
-        step, _ = training_step(small, batch, half=True, fused=True)
         # Another model: there is nothing to compare its result with.
-        found.append(Rival(DISTILBERT, step, functools.partial(loss_and_gradients, inputs)))
+        other = functools.partial(loss_and_gradients, inputs)
+        found.append(dataclasses.replace(_packed(DISTILBERT, small, batch, half=True), result=other))
     return found
+
+
+def _packed(name: str, model: nn.Module, batch: dict[str, Tensor], half: bool = False) -> Rival:
+    step, named = training_step(model, batch, half=half, fused=True)
+    context = functools.partial(_keeping_memory, named)  # which updates no weights
+    return Rival(name, step, named, context, HALF_TOLERANCE if half else None)
+
+
+@contextlib.contextmanager
+def _keeping_memory(call: Callable[[], Any]) -> Iterator[None]:
+    """`host.keep_memory()`, with memory to keep; then what the C library itself ends up with as blocks are freed."""
+    kept = host.keep_memory()
+    try:
+        call()
+        yield
+    finally:
+        if kept:
+            trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+            libc = ctypes.CDLL(None)
+            libc.mallopt(mmap_threshold, 2**25)
+            libc.mallopt(trim_threshold, 2**26)
+            libc.malloc_trim(0)
 
 
 def loss_and_gradients(inputs: ModelInputs) -> dict[str, Tensor]:

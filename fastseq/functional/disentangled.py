@@ -133,15 +133,19 @@ def relative_slots(
     return _kept_slots(reach, max(position_buckets, 0), max_position, str(device)), 2 * span
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _kept_slots(reach: int, buckets: int, max_position: int, device: str) -> Tensor:
-    if torch._C._len_torch_dispatch_stack():  # a fake tensor, say, which nobody else may get
-        return _slots.__wrapped__(reach, buckets, max_position, device)
-    with torch.inference_mode(False):  # or else it could not be saved for a backward pass, ever
+    # Under a compiler, or made fake by a mode, nobody else may get it.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return _slots(reach, buckets, max_position, device)
+    with torch.inference_mode(False):  # or else it could not be saved for a backward pass, ever
+        return _once(reach, buckets, max_position, device)
 
 
 @functools.lru_cache(maxsize=64)
+def _once(*arguments: Any) -> Tensor:
+    return _slots(*arguments)
+
+
 def _slots(reach: int, buckets: int, max_position: int, device: str) -> Tensor:
     distances = torch.arange(1 - reach, reach, device="cpu")
     if buckets:

@@ -112,7 +112,7 @@ def test_a_missing_peer_is_named_with_the_extra_that_has_it(
     ("arguments", "message"),
     [
         (["pointr"], "'pointr' is not a family; there is: crf, pointer"),
-        (["attention"], "'attention' is not there yet; there is: crf, pointer"),
+        (["models"], "'models' is not there yet; there is: crf, pointer, attention"),
         (["crf", "--suite", "lost"], "--suite: got 'lost', wanted one of loss, viterbi, decode, accuracy"),
         (["crf", "--shape", "32,64"], "--shape: got '32,64', wanted B,T,K"),
         (["crf", "--shape", "32,0,9"], "wanted B,T,K, each at least 1"),
