@@ -26,6 +26,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from fastseq import host
 from fastseq.recipes import checkpoint
 from fastseq.recipes.config import NOT_THE_RESULT, ConfigT, RecipeConfig, TrainConfig, differences
 from fastseq.recipes.errors import ConfigError
@@ -67,6 +68,8 @@ def run(config: ConfigT, build: Callable[[ConfigT], Task]) -> dict[str, float]:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     accelerator = make_accelerator(config.train)
+    if accelerator.device.type == "cpu":
+        host.keep_memory()  # each step asks for as much as the step before has freed
     set_seed(config.seed)
     task = build(config)
     prepare(task.model, config.train)
