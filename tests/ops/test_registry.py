@@ -120,7 +120,7 @@ def test_forcing_never_falls_back(toy: Op) -> None:
         toy(torch.zeros(5), 1.0)
     with fastseq.use("triton"), pytest.raises(BackendError, match="there is no triton here"):
         toy(torch.zeros(3), 1.0)
-    with pytest.raises(ValueError, match=r"backend: got 'gpu', wanted one of cpu, .*reference, triton"):
+    with pytest.raises(ValueError, match=r"backend: got 'gpu', wanted one of cpu, .*reference, .*triton"):
         fastseq.use("gpu").__enter__()
 
 
