@@ -153,9 +153,7 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 def rivals(inputs: ModelInputs) -> list[Rival]:
     """Transformers' ways, and fastseq's."""
     model, batch = inputs.model, inputs.batch
-    faster = copy.deepcopy(model)
-    with contextlib.suppress(ValueError):  # DeBERTa has one way only
-        faster.set_attn_implementation("sdpa")  # type: ignore[operator]
+    faster = _with_sdpa(copy.deepcopy(model))
     packed, half = copy.deepcopy(model), copy.deepcopy(model)
     for each in (packed, half):
         fastseq.patch(each, packed=True)
@@ -200,7 +198,13 @@ def _keeping_memory(call: Callable[[], Any]) -> Iterator[None]:
 
 def loss_and_gradients(inputs: ModelInputs) -> dict[str, Tensor]:
     """Transformers' model in float64, without dropout."""
-    return training_step(copy.deepcopy(inputs.model).double(), inputs.batch)[1]()
+    return training_step(_with_sdpa(copy.deepcopy(inputs.model)).double(), inputs.batch)[1]()
+
+
+def _with_sdpa(model: nn.Module) -> nn.Module:
+    with contextlib.suppress(ValueError):  # DeBERTa has one way only
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    return model
 
 
 def relative_norm(result: dict[str, Tensor], truth: dict[str, Tensor]) -> float:

@@ -264,7 +264,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     console.print(levers_table("a training step", figures["levers"], "texts/s"))
     kept = [name.replace("_", " ") for name, on in figures["kept"].items() if on]
     console.print(
-        "Plain is the published loop, random batches padded to the longest, fp32 and torch's Adam; levers add up.\n"
+        "Plain is the published loop, random batches padded to the longest, fp32 and torch's AdamW; levers add up.\n"
         f"The two plain runs disagree by {100 * figures['control_disagreement']:.1f} %: "
         "trust no figure further than that.\n"
         f"Kept in the other tables, since they paid here: {', '.join(kept) or 'none of bf16 and fused optimizer'}.\n"

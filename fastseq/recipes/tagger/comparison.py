@@ -196,7 +196,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     """Prints the figures as tables."""
     console.print(levers_table(figures["title"], figures["levers"], "sent/s"))
     console.print(
-        "Per step. Plain is pytorch-crf, random batches padded to the longest, fp32 and torch's Adam; levers add up."
+        "Per step. Plain is pytorch-crf, random batches padded to the longest, fp32 and torch's AdamW; levers add up."
     )
     share, kept = figures["crf_share_of_step"], figures["kept"]
     console.print(
