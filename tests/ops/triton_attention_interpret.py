@@ -1,7 +1,7 @@
 """Attention's Triton kernels in Triton's interpreter, on CPU tensors; test_triton runs this as a child.
 
-See triton_crf_interpret. FASTSEQ_ALL_SAMPLES=1 takes eight times as many; all of them are 15 minutes here. Tiles are as small as can be, so that small inputs
-have several.
+See triton_crf_interpret. FASTSEQ_ALL_SAMPLES=1 takes some eight times as many; the rest wait for a GPU. Tiles are as
+small as can be, so that small inputs have several.
 """
 
 from __future__ import annotations
