@@ -86,6 +86,22 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def load_best(path: Path, recipe: str) -> dict[str, Any]:
+    """The weights that a finished or running training of a recipe has kept for prediction.
+
+    Args:
+        path: a run directory, or a checkpoint in it.
+        recipe: the recipe's name.
+
+    Raises:
+        CheckpointError: it is not of that recipe, or is damaged.
+    """
+    state = load(path / "best.pt" if path.is_dir() else path)
+    if state.get("recipe") != recipe:
+        raise CheckpointError(f"{path}: not a {recipe}'s best.pt (last.pt is for resuming)")
+    return state
+
+
 def load_latest(path: Path, warn: Callable[[str], object]) -> dict[str, Any] | None:
     """The checkpoint, or the good one before it if it is damaged, or None if there has been none.
 

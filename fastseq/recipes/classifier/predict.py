@@ -13,7 +13,6 @@ from fastseq.recipes import checkpoint
 from fastseq.recipes.arrival import as_they_arrive
 from fastseq.recipes.classifier.recipe import Config, make_model
 from fastseq.recipes.encoders import TextEncoder, make_encoder, padded
-from fastseq.recipes.errors import CheckpointError
 
 
 class Predictor:
@@ -27,9 +26,7 @@ class Predictor:
     """
 
     def __init__(self, path: Path) -> None:
-        state = checkpoint.load(path / "best.pt" if path.is_dir() else path)
-        if state.get("recipe") != "classifier":
-            raise CheckpointError(f"{path}: not a classifier's best.pt (last.pt is for resuming)")
+        state = checkpoint.load_best(path, "classifier")
         config, artefacts = Config.model_validate(state["config"]), state["artefacts"]
         self.labels: list[str] = artefacts["labels"]
         self.encoder = TextEncoder(artefacts["tokenizer"], config.model.encoder.max_length)

@@ -13,7 +13,7 @@ import torch
 from fastseq.recipes import checkpoint, table
 from fastseq.recipes.arrival import as_they_arrive
 from fastseq.recipes.encoders import TextEncoder, make_encoder
-from fastseq.recipes.errors import CheckpointError, DataError
+from fastseq.recipes.errors import DataError
 from fastseq.recipes.regressor.data import Examples, collate
 from fastseq.recipes.regressor.features import Features
 from fastseq.recipes.regressor.recipe import Config, make_model
@@ -30,9 +30,7 @@ class Predictor:
     """
 
     def __init__(self, path: Path) -> None:
-        state = checkpoint.load(path / "best.pt" if path.is_dir() else path)
-        if state.get("recipe") != "regressor":
-            raise CheckpointError(f"{path}: not a regressor's best.pt (last.pt is for resuming)")
+        state = checkpoint.load_best(path, "regressor")
         config, artefacts = Config.model_validate(state["config"]), state["artefacts"]
         self.features = Features.from_plain(artefacts["features"])
         text, encoder = config.model.encoder, None

@@ -11,7 +11,6 @@ import torch
 
 from fastseq.recipes import checkpoint
 from fastseq.recipes.arrival import as_they_arrive
-from fastseq.recipes.errors import CheckpointError
 from fastseq.recipes.summarizer.data import Encoder, Pair, collate, detokenize, tokenize
 from fastseq.recipes.summarizer.recipe import Config, make_model, search_settings
 
@@ -27,9 +26,7 @@ class Predictor:
     """
 
     def __init__(self, path: Path) -> None:
-        state = checkpoint.load(path / "best.pt" if path.is_dir() else path)
-        if state.get("recipe") != "summarizer":
-            raise CheckpointError(f"{path}: not a summarizer's best.pt (last.pt is for resuming)")
+        state = checkpoint.load_best(path, "summarizer")
         config = Config.model_validate(state["config"])
         self.settings: dict[str, Any] = search_settings(config, config.decoding.beam_size)
         self.encoder = Encoder(**state["artefacts"]["encoder"])

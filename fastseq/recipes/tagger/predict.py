@@ -10,7 +10,6 @@ import torch
 
 from fastseq.recipes import checkpoint, metrics
 from fastseq.recipes.arrival import as_they_arrive
-from fastseq.recipes.errors import CheckpointError
 from fastseq.recipes.tagger.data import Encoder, collate
 from fastseq.recipes.tagger.recipe import Config, make_model
 
@@ -26,9 +25,7 @@ class Predictor:
     """
 
     def __init__(self, path: Path) -> None:
-        state = checkpoint.load(path / "best.pt" if path.is_dir() else path)
-        if state.get("recipe") != "tagger":
-            raise CheckpointError(f"{path}: not a tagger's best.pt (last.pt is for resuming)")
+        state = checkpoint.load_best(path, "tagger")
         self.encoder = Encoder(**state["artefacts"]["encoder"])
         self.by_character: bool = state["artefacts"]["by_character"]
         # The weights hold the vectors, whose file need not be here any more.
