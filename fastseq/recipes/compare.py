@@ -247,6 +247,20 @@ def levers_table(title: str, rows: Sequence[dict[str, Any]], rate: str) -> Table
     return table
 
 
+def disagreement(figures: dict[str, Any]) -> str:
+    """How far figures can be trusted, in words."""
+    apart = 100 * figures["control_disagreement"]
+    return f"The two plain runs disagree by {apart:.1f} %: trust no figure further than that."
+
+
+def left_out(kept: dict[str, bool]) -> str | None:
+    """The levers that the fastseq version goes without, in words; None where it has them all."""
+    dropped = [name.replace("_", " ") for name, on in kept.items() if not on]
+    if not dropped:
+        return None
+    return f"Left out of the fastseq version below, since it gave nothing here: {', '.join(dropped)}."
+
+
 def training_order(count: int, examples: int, seed: int) -> list[int]:
     """The first `count` indices of a training run over so many examples, epoch after epoch."""
     generator = np.random.default_rng(seed)

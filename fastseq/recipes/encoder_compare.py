@@ -15,7 +15,7 @@ from torch import nn
 
 import fastseq
 from fastseq.models.pooled_encoder import PooledEncoder
-from fastseq.recipes.compare import Variant, levers, levers_table, take_turns, training_order
+from fastseq.recipes.compare import Variant, disagreement, left_out, levers, levers_table, take_turns, training_order
 from fastseq.recipes.config import RecipeConfig
 from fastseq.recipes.encoders import EncoderConfig
 from fastseq.recipes.errors import ConfigError
@@ -200,12 +200,10 @@ def show(figures: dict[str, Any], console: Console) -> None:
     console.print(levers_table(figures["title"], figures["levers"], "ex/s"))
     console.print(
         "Per step. Plain is transformers' own model on random batches padded to the most tokens, fp32 and torch's "
-        f"AdamW; levers add up.\nThe two plain runs disagree by {100 * figures['control_disagreement']:.1f} %: "
-        "trust no figure further than that."
+        f"AdamW; levers add up.\n{disagreement(figures)}"
     )
-    dropped = [name.replace("_", " ") for name, on in figures["kept"].items() if not on]
-    if dropped:
-        console.print(f"Left out of the fastseq version below, since it gave nothing here: {', '.join(dropped)}.")
+    if (note := left_out(figures["kept"])) is not None:
+        console.print(note)
     console.print(_quality_table(figures["quality"], figures["score"]))
     plain, fast = figures["quality"]
     console.print(

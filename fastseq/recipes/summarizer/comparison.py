@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fastseq.models.summarizer import PointerGeneratorSummarizer
 from fastseq.recipes import checkpoint
-from fastseq.recipes.compare import Variant, levers, levers_table, take_turns, training_order
+from fastseq.recipes.compare import Variant, disagreement, levers, levers_table, take_turns, training_order
 from fastseq.recipes.errors import ConfigError
 from fastseq.recipes.summarizer.data import Example
 from fastseq.recipes.summarizer.phases import PHASES, Clock
@@ -265,8 +265,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     kept = [name.replace("_", " ") for name, on in figures["kept"].items() if on]
     console.print(
         "Plain is the published loop, random batches padded to the longest, fp32 and torch's AdamW; levers add up.\n"
-        f"The two plain runs disagree by {100 * figures['control_disagreement']:.1f} %: "
-        "trust no figure further than that.\n"
+        f"{disagreement(figures)}\n"
         f"Kept in the other tables, since they paid here: {', '.join(kept) or 'none of bf16 and fused optimizer'}.\n"
     )
     console.print(_beam_table(figures["beam"]))

@@ -17,7 +17,17 @@ from torch import nn
 
 from fastseq.models.bilstm import mask_of
 from fastseq.models.tagger import SoftmaxDecoder, Tagger
-from fastseq.recipes.compare import Variant, levers, levers_table, paired_share, seconds, take_turns, training_order
+from fastseq.recipes.compare import (
+    Variant,
+    disagreement,
+    left_out,
+    levers,
+    levers_table,
+    paired_share,
+    seconds,
+    take_turns,
+    training_order,
+)
 from fastseq.recipes.config import TrainConfig
 from fastseq.recipes.loading import evaluation_batches
 from fastseq.recipes.tagger.plain import PlainTagger
@@ -200,16 +210,14 @@ def show(figures: dict[str, Any], console: Console) -> None:
     )
     share, kept = figures["crf_share_of_step"], figures["kept"]
     console.print(
-        f"The two plain runs disagree by {100 * figures['control_disagreement']:.1f} %: "
-        "trust no figure further than that.\n"
+        f"{disagreement(figures)}\n"
         "The CRF's share of a step, by its own time (and by steps with it and with a softmax instead): "
         + ", ".join(
             f"{name} {100 * both['alone']:.1f} % ({100 * both['paired']:.1f} %)" for name, both in share.items()
         )
     )
-    dropped = [name.replace("_", " ") for name, on in kept.items() if not on]
-    if dropped:
-        console.print(f"Left out of the fastseq version below, since it gave nothing here: {', '.join(dropped)}.")
+    if (note := left_out(kept)) is not None:
+        console.print(note)
     console.print(_quality_table(figures["quality"]))
     plain, fast = figures["quality"]
     console.print(
