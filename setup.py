@@ -14,6 +14,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Command, Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
@@ -81,9 +82,18 @@ class Build(build):
         super().run()
 
 
+class Wheel(bdist_wheel):
+    """`bdist_wheel`, whose tag is true: what is compiled serves every CPython, see csrc/host/module.cpp."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """See bdist_wheel."""
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("cp310", "abi3", platform)
+
+
 setup(
     packages=[*find_packages(include=["fastseq", "fastseq.*"]), "fastseq_benchmarks"],
     package_dir={"fastseq_benchmarks": "benchmarks"},  # so that an installed `fastseq bench` finds them
     distclass=NativeDistribution,
-    cmdclass={"build": Build, "build_native": BuildNative},
+    cmdclass={"bdist_wheel": Wheel, "build": Build, "build_native": BuildNative},
 )

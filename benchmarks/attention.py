@@ -4,16 +4,12 @@
     dropout        the same with dropout 0.1, and beside it fastseq without
     bias           the same with an additive bias (1,H,S,S) that wants a gradient
     disentangled   DeBERTa's attention, dropout 0.1, between the projections, lengths uniform in [S/2, S]
-    distilbert     a training step of DistilBERT on ragged texts, optimizer included
-    bert           BERT-base padded to 512, and the same texts packed, and DistilBERT in its place
-    deberta        a training step of a DeBERTa-v2 encoder on ragged texts, optimizer included
 
 Tensors are (B,S,H,D), as projections leave them; a rival that wants (B,H,S,D) gets a view. "sdpa" is torch's
 `scaled_dot_product_attention`, which picks its own kernel; "plain" is a product, a softmax and a product. Dropout masks
 differ from one implementation to the next, so a rival of `dropout` and `disentangled` is checked without: that its
 mask is the one that is written down is what tests/ops checks. The rival of `disentangled` is transformers' own module,
-its projections replaced by what hands on the same tensors. The models of the last three suites are those of
-`attention_models`; they have random weights.
+its projections replaced by what hands on the same tensors. Whole encoders are suites of `models`.
 """
 
 from __future__ import annotations
@@ -28,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq import functional
-from fastseq.registry import OPS
-from fastseq_benchmarks import attention_models, attention_truth
+from fastseq_benchmarks import attention_truth, encoder_models
 from fastseq_benchmarks.attention_truth import DisentangledInputs, Inputs
-from fastseq_benchmarks.pointer import forced, gradient_error
+from fastseq_benchmarks.common import HALF, backends_of, cases_of, forced, gradient_error
 from fastseq_benchmarks.runner import Case, Rival, Shape, Suite
 
 __all__ = ["SUITES", "TABLES"]
@@ -42,7 +37,6 @@ LARGE: list[Shape] = [(8, 16, 2048, 64), (4, 16, 4096, 128)]  # for a GPU
 MIDDLE: list[Shape] = [(8, 12, 384, 64)]
 DROPOUT = 0.1
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-HALF = " bf16"
 GOALS = {"attention": 1.0, "dropout": 2.2, "bias": 2.5, "disentangled": 4.0}
 HALF_GOALS = {"disentangled": 6.0}
 
@@ -94,16 +88,15 @@ def rival(name: str, call: Callable[..., Tensor], inputs: Any, dropout: float, *
 def backends(op: str, call: Callable[..., Tensor], inputs: Any, dropout: float) -> list[Rival]:
     """Each backend that the op has for the device, and the compiled one of a CPU on bf16 tensors too."""
     device, dtype = inputs.q.device.type, inputs.q.dtype
-    found = []
-    for b in OPS[op].backends:
-        if b.automatic and b.device in (device, None):
-            refusal = b.refusal(*inputs.arguments(dropout)) or ""
-            context = functools.partial(forced, b.name)
-            found.append(rival(f"fastseq {b.name}", call, inputs, dropout, context=context, missing=refusal))
+    there, found = backends_of(op, device), []
+    for b in there:
+        refusal = b.refusal(*inputs.arguments(dropout)) or ""
+        context = functools.partial(forced, b.name)
+        found.append(rival(f"fastseq {b.name}", call, inputs, dropout, context=context, missing=refusal))
     if device == "cpu" and dtype == torch.float32:
         half = dataclasses.replace(inputs, **{n: x.bfloat16() for n, x in inputs.tensors().items()})
         context, allowed = functools.partial(forced, "cpu"), TOLERANCE[torch.bfloat16]
-        missing = OPS[op].backends[0].refusal(*half.arguments(dropout)) or ""
+        missing = there[0].refusal(*half.arguments(dropout)) or ""
         found.append(
             rival("fastseq cpu" + HALF, call, half, dropout, context=context, tolerance=allowed, missing=missing)
         )
@@ -114,15 +107,15 @@ def _rivals(dropout: float, inputs: Inputs) -> list[Rival]:
     found = [rival("sdpa", sdpa, inputs, dropout), rival("plain", plain, inputs, dropout)]
     found += backends("attention", fused, inputs, dropout)
     if dropout:
-        name, context = OPS["attention"].backends[0].name, functools.partial(forced, OPS["attention"].backends[0].name)
-        missing = OPS["attention"].backends[0].refusal(*inputs.arguments(0.0)) or ""
-        found.append(rival(f"fastseq {name}, none", fused, inputs, 0.0, context=context, missing=missing))
+        first = backends_of("attention", inputs.q.device.type)[0]
+        context, missing = functools.partial(forced, first.name), first.refusal(*inputs.arguments(0.0)) or ""
+        found.append(rival(f"fastseq {first.name}, none", fused, inputs, 0.0, context=context, missing=missing))
     return found
 
 
 def _disentangled_rivals(inputs: DisentangledInputs) -> list[Rival]:
-    missing = attention_models.no_transformers()
-    theirs = attention_models.disentangled_core(inputs) if not missing else (lambda leaves, dropout: leaves["q"])
+    missing = encoder_models.no_transformers()
+    theirs = encoder_models.disentangled_core(inputs) if not missing else (lambda leaves, dropout: leaves["q"])
     slots = inputs.slots
 
     def ours(x: Leaves, dropout: float) -> Tensor:
@@ -143,47 +136,22 @@ def cases(
     suite: str, make: Any, rivals: Any, truth: Any, shapes: Sequence[Shape], dtype: torch.dtype, device: str
 ) -> list[Case]:
     """One case a shape; the floor counts 7 products of a head: 2 forward, 5 backward (9 more of positions)."""
-    goals = {"fastseq cpu": GOALS[suite]} if device == "cpu" else {}
-    goals |= {"fastseq cpu" + HALF: HALF_GOALS[suite]} if device == "cpu" and suite in HALF_GOALS else {}
-    return [
-        Case(
-            family="attention",
-            suite=suite,
-            letters=LETTERS,
-            shape=",".join(map(str, shape)),
-            make_inputs=functools.partial(make, shape, dtype, device),
-            rivals=rivals,
-            truth=truth,
-            check=gradient_error,
-            tolerance=TOLERANCE[dtype],
-            work=lambda inputs: inputs.multiply_adds(),
-            goals=goals,
-            dtype=dtype,
-            device=device,
-        )
-        for shape in shapes
-    ]
-
-
-def model_cases(suite: str, shapes: Sequence[Shape], dtype: torch.dtype, device: str) -> list[Case]:
-    """A training step of a whole encoder."""
-    return [
-        Case(
-            family="attention",
-            suite=suite,
-            letters=attention_models.LETTERS,
-            shape=",".join(map(str, shape)),
-            make_inputs=functools.partial(attention_models.make_inputs, suite, shape, device),
-            rivals=attention_models.rivals,
-            truth=attention_models.loss_and_gradients,
-            check=attention_models.relative_norm,
-            tolerance=attention_models.TOLERANCE,
-            goals=attention_models.GOALS[suite] if device == "cpu" else {},
-            dtype=dtype,
-            device=device,
-        )
-        for shape in shapes
-    ]
+    goals = {"fastseq cpu": GOALS[suite]} | ({"fastseq cpu" + HALF: HALF_GOALS[suite]} if suite in HALF_GOALS else {})
+    return cases_of(
+        shapes,
+        dtype,
+        device,
+        family="attention",
+        suite=suite,
+        letters=LETTERS,
+        make_inputs=make,
+        rivals=rivals,
+        truth=truth,
+        check=gradient_error,
+        tolerance=TOLERANCE[dtype],
+        work=lambda inputs: inputs.multiply_adds(),
+        goals=lambda _: goals,
+    )
 
 
 def _dense(suite: str, dropout: float, bias: bool) -> Callable[..., list[Case]]:
@@ -208,9 +176,5 @@ SUITES = {
         LETTERS,
         MIDDLE,
     ),
-    **{
-        name: Suite(functools.partial(model_cases, name), attention_models.LETTERS, shapes)
-        for name, shapes in attention_models.SHAPES.items()
-    },
 }
 TABLES: dict[str, Any] = {}

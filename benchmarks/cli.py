@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
@@ -134,18 +133,15 @@ def _finish(new: Report, old: Report | None, options: argparse.Namespace) -> int
 
 def _family(name: str) -> ModuleType:
     """The module of a family."""
-    module = f"fastseq_benchmarks.{name}"
-    there = [f for f in FAMILIES if importlib.util.find_spec(f"fastseq_benchmarks.{f}") is not None]
-    if name not in there:
-        problem = "is not there yet" if name in FAMILIES else "is not a family"
-        raise UsageError(f"{name!r} {problem}; there is: {', '.join(there)}")
-    return importlib.import_module(module)
+    if name not in FAMILIES:
+        raise UsageError(f"{name!r} is not a family; there is: {', '.join(FAMILIES)}")
+    return importlib.import_module(f"fastseq_benchmarks.{name}")
 
 
 def _select(family: ModuleType, options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """The cases and the tables that the options ask for."""
     names = [*family.SUITES, *family.TABLES]
-    wanted = options.suite or names
+    wanted = options.suite or [name for name in names if name in family.TABLES or not family.SUITES[name].by_name]
     for name in wanted:
         if name not in names:
             raise UsageError(f"--suite: got {name!r}, wanted one of {', '.join(names)}")
@@ -170,11 +166,11 @@ def _select(family: ModuleType, options: argparse.Namespace) -> tuple[list[Any],
 
 def _shapes(suite: Suite, options: argparse.Namespace) -> list[Shape]:
     """The shapes that the options ask for, or the suite's own."""
-    shapes = [_shape(text, suite.letters) for text in options.shape or []]
-    if not shapes:
-        shapes = [*suite.shapes, *(suite.large if options.device == "cuda" else [])]
-        shapes = shapes[: QUICK_SHAPES if options.quick else None]
-    return shapes
+    if options.shape:
+        return [_shape(text, suite.letters) for text in options.shape]
+    if options.quick:
+        return list(suite.quick or suite.shapes[:QUICK_SHAPES])
+    return [*suite.shapes, *(suite.large if options.device == "cuda" else [])]
 
 
 def _shape(text: str, letters: str) -> Shape:

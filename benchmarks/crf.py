@@ -19,10 +19,9 @@ gradients. At these sizes a GPU is held up by the T steps, each of which needs t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,11 +30,12 @@ from torch import Tensor, nn
 import fastseq
 from fastseq.registry import OPS
 from fastseq_benchmarks import crf_truth
+from fastseq_benchmarks.common import backends_of, cases_of, forced, gradient_error
 from fastseq_benchmarks.crf_truth import Inputs, Paths
 from fastseq_benchmarks.results import Table
 from fastseq_benchmarks.runner import Case, Rival, Shape, Suite
 
-__all__ = ["LARGE_BATCHES", "LETTERS", "SHAPES", "SUITES", "TABLES"]
+__all__ = ["LARGE_BATCHES", "LETTERS", "PEER", "SHAPES", "SUITES", "TABLES", "no_peer"]
 
 LETTERS = "B,T,K"
 SHAPES: list[Shape] = [(32, 64, 9), (32, 128, 25), (64, 256, 64), (8, 1024, 128), (16, 128, 512)]
@@ -79,13 +79,21 @@ def _load(crf: nn.Module, inputs: Inputs) -> nn.Module:
     return crf
 
 
+def no_peer() -> str:
+    """Why pytorch-crf is not there, or nothing."""
+    try:
+        importlib.import_module("torchcrf")
+    except ImportError:
+        return "not installed: pip install 'fastseq-kernels[bench]'"
+    return ""
+
+
 def _peer(inputs: Inputs) -> tuple[nn.Module | None, str]:
     """pytorch-crf's module, in the emissions' dtype; or why there is none."""
-    try:
-        module = importlib.import_module("torchcrf")
-    except ImportError:
-        return None, "not installed: pip install 'fastseq-kernels[bench]'"
-    return _load(module.CRF(inputs.shape[2], batch_first=True), inputs).to(inputs.emissions.dtype), ""
+    if missing := no_peer():
+        return None, missing
+    crf = importlib.import_module("torchcrf").CRF(inputs.shape[2], batch_first=True)
+    return _load(crf, inputs).to(inputs.emissions.dtype), ""
 
 
 def _training_step(crf: nn.Module, inputs: Inputs) -> tuple[Callable[[], Tensor], Callable[[], dict[str, Tensor]]]:
@@ -110,26 +118,12 @@ def _training_step(crf: nn.Module, inputs: Inputs) -> tuple[Callable[[], Tensor]
     return step, named
 
 
-@contextlib.contextmanager
-def _forced(backend: str, grad: bool) -> Iterator[None]:
-    """One backend, with autograd or, for a search, without: as at inference."""
-    with fastseq.use(backend), torch.set_grad_enabled(grad):
-        yield
-
-
 def _fastseq(op: str, args: Sequence[Any], call: Callable[[], Any], result: Callable[[], Any]) -> list[Rival]:
     """The same fastseq call on each backend that `op` has for the device of its arguments `args`."""
-    grad, device = OPS[op].backward is not None, args[0].device.type
+    context = functools.partial(forced, grad=OPS[op].backward is not None)
     return [
-        Rival(
-            f"fastseq {b.name}",
-            call,
-            result,
-            functools.partial(_forced, b.name, grad),
-            missing=b.refusal(*args) or "",
-        )
-        for b in OPS[op].backends
-        if b.automatic and b.device in (device, None)
+        Rival(f"fastseq {b.name}", call, result, functools.partial(context, b.name), missing=b.refusal(*args) or "")
+        for b in backends_of(op, args[0].device.type)
     ]
 
 
@@ -176,16 +170,6 @@ def _never() -> Any:
 # ---- checks ---------------------------------------------------------------------------------------------
 
 
-def gradient_error(result: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """The largest error over loss and gradients, relative to the largest entry where that is above 1."""
-
-    def error(name: str) -> float:
-        true = truth[name]
-        return float((result[name].double() - true).abs().max() / true.abs().max().clamp(min=1))
-
-    return max((error(name) for name in truth), key=lambda e: float("inf") if e != e else e)
-
-
 def wrong_paths(result: list[list[int]], truth: Paths) -> float:
     """The share of rows whose path is not the best one, nor tied with it in float32."""
     if len(result) != len(truth.paths):
@@ -208,54 +192,47 @@ def _traffic(inputs: Inputs, *, grad: bool) -> float:
 # ---- suites ---------------------------------------------------------------------------------------------
 
 
-def loss_cases(shapes: Iterable[Shape], dtype: torch.dtype, device: str) -> list[Case]:
-    """Loss and all gradients."""
-    return [
-        Case(
-            family="crf",
-            suite="loss",
-            letters=LETTERS,
-            shape=",".join(map(str, shape)),
-            make_inputs=functools.partial(make_inputs, shape, dtype, device),
-            rivals=_loss_rivals,
-            truth=crf_truth.loss_and_gradients,
-            check=gradient_error,
-            tolerance=TOLERANCE[dtype],
-            work=lambda inputs: 3.0 * inputs.tokens * inputs.shape[2] ** 2,
-            traffic=functools.partial(_traffic, grad=True) if device == "cuda" else None,
-            goals=_goals(shape, device, {"fastseq cpu": LOSS_GOALS, "fastseq eager": EAGER_GOALS}),
-            dtype=dtype,
-            device=device,
-        )
-        for shape in shapes
-    ]
+def loss_cases(shapes: Sequence[Shape], dtype: torch.dtype, device: str) -> list[Case]:
+    """Loss and all gradients; errors are relative where the true values are above 1."""
+    return _cases(
+        "loss",
+        (shapes, dtype, device),
+        {"fastseq cpu": LOSS_GOALS, "fastseq eager": EAGER_GOALS},
+        rivals=_loss_rivals,
+        truth=crf_truth.loss_and_gradients,
+        check=functools.partial(gradient_error, least=1.0),
+        tolerance=TOLERANCE[dtype],
+        work=lambda inputs: 3.0 * inputs.tokens * inputs.shape[2] ** 2,
+        traffic=functools.partial(_traffic, grad=True) if device == "cuda" else None,
+    )
 
 
-def search_cases(suite: str, shapes: Iterable[Shape], dtype: torch.dtype, device: str) -> list[Case]:
+def search_cases(suite: str, shapes: Sequence[Shape], dtype: torch.dtype, device: str) -> list[Case]:
     """The best path: `suite` is the method of `fastseq.nn.CRF`."""
-    return [
-        Case(
-            family="crf",
-            suite=suite,
-            letters=LETTERS,
-            shape=",".join(map(str, shape)),
-            make_inputs=functools.partial(make_inputs, shape, dtype, device),
-            rivals=functools.partial(_search_rivals, suite),
-            truth=crf_truth.best_paths,
-            check=wrong_paths,
-            tolerance=0.0,
-            work=lambda inputs: 1.0 * inputs.tokens * inputs.shape[2] ** 2,
-            traffic=functools.partial(_traffic, grad=False) if device == "cuda" else None,
-            goals=_goals(shape, device, {"fastseq cpu": VITERBI_GOALS} if suite == "viterbi" else {}),
-            dtype=dtype,
-            device=device,
-        )
-        for shape in shapes
-    ]
+    return _cases(
+        suite,
+        (shapes, dtype, device),
+        {"fastseq cpu": VITERBI_GOALS} if suite == "viterbi" else {},
+        rivals=functools.partial(_search_rivals, suite),
+        truth=crf_truth.best_paths,
+        check=wrong_paths,
+        tolerance=0.0,
+        work=lambda inputs: 1.0 * inputs.tokens * inputs.shape[2] ** 2,
+        traffic=functools.partial(_traffic, grad=False) if device == "cuda" else None,
+    )
 
 
-def _goals(shape: Shape, device: str, goals: dict[str, dict[Shape, int]]) -> dict[str, float]:
-    return {rival: by[shape] for rival, by in goals.items() if device == "cpu" and shape in by}
+def _cases(
+    suite: str,
+    where: tuple[Sequence[Shape], torch.dtype, str],
+    goals: Mapping[str, Mapping[Shape, int]],
+    **fields: Any,
+) -> list[Case]:
+    def goals_of(shape: Shape) -> dict[str, float]:
+        return {rival: by[shape] for rival, by in goals.items() if shape in by}
+
+    names = {"family": "crf", "suite": suite, "letters": LETTERS}
+    return cases_of(*where, make_inputs=make_inputs, goals=goals_of, **names, **fields)
 
 
 def accuracy(dtype: torch.dtype, device: str, T: int = 1024, tag_counts: Sequence[int] = ACCURACY_K) -> Table:

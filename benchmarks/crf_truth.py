@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["Inputs", "Paths", "best_paths", "loss_and_gradients", "path_score"]
+__all__ = ["Inputs", "Paths", "best_paths", "loss_and_gradients", "nll", "path_score"]
 
 CHUNK_BYTES = 2**28  # of one (rows,T,K,K) float64 tensor; autograd keeps about three
 
@@ -58,15 +58,15 @@ def loss_and_gradients(inputs: Inputs) -> dict[str, Tensor]:
     total = inputs.emissions.new_zeros((), dtype=torch.float64)
     for first in range(0, B, rows):
         chunk = slice(first, first + rows)
-        loss = _nll(leaves, inputs.tags[chunk], inputs.mask[chunk], chunk).sum()
+        x, *parameters = leaves.values()
+        loss = nll(x[chunk], inputs.tags[chunk], inputs.mask[chunk], *parameters).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return {"loss": total} | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def _nll(leaves: dict[str, Tensor], tags: Tensor, mask: Tensor, rows: slice) -> Tensor:
-    """The log-partition minus the score of `tags`, for some rows."""
-    x, A, start, end = leaves["emissions"][rows], leaves["transitions"], leaves["start"], leaves["end"]
+def nll(x: Tensor, tags: Tensor, mask: Tensor, A: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """The log-partition minus the score of `tags`, (B,), of emissions x and transitions A."""
     steps = x.unbind(1)  # x[:, t] would cost a gradient of x's size at each step
     alpha = start + steps[0]
     for t in range(1, x.shape[1]):

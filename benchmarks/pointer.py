@@ -2,34 +2,31 @@
 
     loss       the loss and all its gradients, from the decoder's hidden states on
     decoder    all after the encoder: the decoder's steps and the loss, and all gradients
-    model      a training step of the whole summarizer, optimizer included (22.4 M parameters: V=47,500)
     memory     a table: what a loss adds to the memory, and what the decoder's steps keep for backward
 
 The baseline of `loss` is the loop over the steps as it is published with most code: softmax, a row of zeros for words
 out of the vocabulary, scatter_add, gather, log(p + 1e-12). "vectorised" is the same for all steps at once, "log
 space" adds two logarithms instead and has no (B,T,V+) distribution, and "linear_cross_entropy" is that with torch's
 own fused linear layer and cross-entropy. "three GEMMs" is a probe: the matrix products that an exact method has
-(logits, and the gradients of hidden states and weights), by torch.mm. The baseline of `decoder` and `model` is the
-published step loop of `fastseq compare summarizer`, and so is their truth, in float64. H = 256, E = 128, two encoder
-layers.
+(logits, and the gradients of hidden states and weights), by torch.mm. The baseline of `decoder` is the
+published step loop of `fastseq compare summarizer`, and so is its truth, in float64. H = 256, E = 128. The whole
+summarizer is a suite of `models`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastseq
 from fastseq.functional import pointer_generator_nll
-from fastseq.registry import OPS
 from fastseq_benchmarks import measure, pointer_models, pointer_truth
-from fastseq_benchmarks.pointer_models import ModelInputs
+from fastseq_benchmarks.common import HALF, backends_of, cases_of, forced, gradient_error
+from fastseq_benchmarks.pointer_models import TOLERANCE
 from fastseq_benchmarks.pointer_truth import OUT_OF_VOCABULARY, LossInputs
 from fastseq_benchmarks.results import Table
 from fastseq_benchmarks.runner import Case, Rival, Shape, Suite
@@ -39,17 +36,12 @@ __all__ = ["SUITES", "TABLES"]
 LETTERS = "B,S,T,V"
 LOSS_SHAPES: list[Shape] = [(4, 400, 100, 50_000), (4, 400, 100, 8_000), (1, 768, 192, 47_500)]
 DECODER_SHAPES: list[Shape] = [(4, 400, 100, 50_000), (4, 768, 192, 50_000), (16, 400, 100, 50_000)]
-MODEL_SHAPES: list[Shape] = [(1, 768, 192, 47_500), (4, 768, 192, 47_500)]
 KEPT_SHAPE = (16, 768, 192, 1_000)  # no vocabulary is involved
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 3e-2}
-HALF = " bf16"
-GOALS: dict[tuple[str, Shape], tuple[float, float | None]] = {  # float32, and with bf16 products
-    ("loss", LOSS_SHAPES[0]): (12.0, 25.0),
-    ("decoder", DECODER_SHAPES[0]): (14.0, 25.0),
-    ("decoder", DECODER_SHAPES[1]): (10.0, None),
-    ("decoder", DECODER_SHAPES[2]): (7.0, 12.0),
-    ("model", MODEL_SHAPES[0]): (15.0, None),
-    ("model", MODEL_SHAPES[1]): (12.0, None),
+LOSS_GOALS = {LOSS_SHAPES[0]: (12.0, 25.0)}  # float32, and with bf16 products
+DECODER_GOALS: dict[Shape, tuple[float, ...]] = {
+    DECODER_SHAPES[0]: (14.0, 25.0),
+    DECODER_SHAPES[1]: (10.0,),
+    DECODER_SHAPES[2]: (7.0, 12.0),
 }
 
 
@@ -128,17 +120,10 @@ def training_step(loss: Callable[..., Tensor], inputs: Any) -> tuple[Callable[[]
     return step, named
 
 
-@contextlib.contextmanager
-def forced(backend: str, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """One backend, with or without autocast."""
-    with fastseq.use(backend), torch.autocast("cpu", dtype, enabled=dtype is not None):
-        yield
-
-
 def fastseq_rivals(op: str, args: Sequence[Any], loss: Callable[..., Tensor], inputs: Any) -> list[Rival]:
     """Each backend that the op has for the device, and the compiled one of a CPU with bf16 products too."""
     device = args[0].device.type
-    backends = [b for b in OPS[op].backends if b.automatic and b.device in (device, None)]
+    backends = backends_of(op, device)
     rivals = [
         Rival(
             f"fastseq {b.name}",
@@ -149,7 +134,7 @@ def fastseq_rivals(op: str, args: Sequence[Any], loss: Callable[..., Tensor], in
         for b in backends
     ]
     if device == "cpu" and args[0].dtype == torch.float32:
-        half = functools.partial(forced, "cpu", torch.bfloat16)
+        half = functools.partial(forced, "cpu", half=True)
         allowed = TOLERANCE[torch.bfloat16]
         missing = backends[0].refusal(*args) or ""
         rivals.append(
@@ -187,85 +172,48 @@ def three_products(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
     return run
 
 
-# ---- checks ---------------------------------------------------------------------------------------------
-
-
-def gradient_error(result: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """The largest error over the loss and its gradients, each relative to its own largest entry."""
-
-    def error(name: str) -> float:
-        true = truth[name]
-        return float((result[name].double() - true).abs().max() / true.abs().max())
-
-    return max((error(name) for name in truth), key=lambda e: float("inf") if e != e else e)
-
-
 # ---- suites ---------------------------------------------------------------------------------------------
 
 
-def _goals(suite: str, shape: Shape, device: str) -> dict[str, float]:
-    goals = GOALS.get((suite, shape), (None, None)) if device == "cpu" else (None, None)
-    return {name: goal for name, goal in zip(("fastseq cpu", "fastseq cpu" + HALF), goals, strict=True) if goal}
+def _goals(goals: Mapping[Shape, tuple[float, ...]], shape: Shape) -> dict[str, float]:
+    return dict(zip(("fastseq cpu", "fastseq cpu" + HALF), goals.get(shape, ()), strict=False))
 
 
 def loss_cases(shapes: Sequence[Shape], dtype: torch.dtype, device: str) -> list[Case]:
     """The loss and all its gradients."""
-    return [
-        Case(
-            family="pointer",
-            suite="loss",
-            letters=LETTERS,
-            shape=",".join(map(str, shape)),
-            make_inputs=functools.partial(pointer_truth.make_loss_inputs, shape, dtype, device),
-            rivals=_loss_rivals,
-            truth=pointer_truth.loss_and_gradients,
-            check=gradient_error,
-            tolerance=TOLERANCE[dtype],
-            work=lambda inputs: 3.0 * inputs.gate.numel() * inputs.weight.numel(),
-            goals=_goals("loss", shape, device),
-            dtype=dtype,
-            device=device,
-        )
-        for shape in shapes
-    ]
+    return cases_of(
+        shapes,
+        dtype,
+        device,
+        family="pointer",
+        suite="loss",
+        letters=LETTERS,
+        make_inputs=pointer_truth.make_loss_inputs,
+        rivals=_loss_rivals,
+        truth=pointer_truth.loss_and_gradients,
+        check=gradient_error,
+        tolerance=TOLERANCE[dtype],
+        work=lambda inputs: 3.0 * inputs.gate.numel() * inputs.weight.numel(),
+        goals=functools.partial(_goals, LOSS_GOALS),
+    )
 
 
-def model_cases(suite: str, shapes: Sequence[Shape], dtype: torch.dtype, device: str) -> list[Case]:
-    """`suite` is decoder, all after the encoder, or model, with encoder and optimizer."""
-    return [
-        Case(
-            family="pointer",
-            suite=suite,
-            letters=LETTERS,
-            shape=",".join(map(str, shape)),
-            make_inputs=functools.partial(pointer_models.make_inputs, shape, dtype, device, suite == "model"),
-            rivals=_model_rivals,
-            truth=pointer_models.loss_and_gradients,
-            check=gradient_error,
-            tolerance=TOLERANCE[dtype],
-            goals=_goals(suite, shape, device),
-            dtype=dtype,
-            device=device,
-        )
-        for shape in shapes
-    ]
-
-
-def _model_rivals(inputs: ModelInputs) -> list[Rival]:
-    plain = Rival("step loop", *pointer_models.training_step(inputs.plain(), inputs))
-    device = inputs.memory.device.type
-    backends = [b for b in OPS["pointer_decoder"].backends if b.automatic and b.device in (device, None)]
-    rivals = [plain]
-    for b in backends:
-        step = pointer_models.training_step(inputs.fused(), inputs)
-        rivals.append(Rival(f"fastseq {b.name}", *step, functools.partial(forced, b.name), missing=b.available() or ""))
-    if device == "cpu" and inputs.memory.dtype == torch.float32:
-        half = functools.partial(forced, "cpu", torch.bfloat16)
-        step = pointer_models.training_step(inputs.fused(), inputs)
-        allowed = 4 * TOLERANCE[torch.bfloat16]  # of small gradients, behind hundreds of steps
-        missing = backends[0].available() or ""
-        rivals.append(Rival("fastseq cpu" + HALF, *step, half, tolerance=allowed, missing=missing))
-    return rivals
+def decoder_cases(shapes: Sequence[Shape], dtype: torch.dtype, device: str) -> list[Case]:
+    """All after the encoder."""
+    return cases_of(
+        shapes,
+        dtype,
+        device,
+        family="pointer",
+        suite="decoder",
+        letters=LETTERS,
+        make_inputs=functools.partial(pointer_models.make_inputs, False),
+        rivals=pointer_models.rivals,
+        truth=pointer_models.loss_and_gradients,
+        check=gradient_error,
+        tolerance=TOLERANCE[dtype],
+        goals=functools.partial(_goals, DECODER_GOALS),
+    )
 
 
 def memory(dtype: torch.dtype, device: str) -> Table:
@@ -284,7 +232,7 @@ def memory(dtype: torch.dtype, device: str) -> Table:
             rival.call()  # libraries set themselves up; and the gradients are there, to be replaced
             peak, kept = measure.peak_bytes(rival.call, device), measure.kept_bytes(rival.call)
         table.rows.append(["loss", shape, rival.name, *map(_mebibytes, (peak, kept))])
-    steps = pointer_models.make_inputs(KEPT_SHAPE, dtype, device, whole=False, seed=0)
+    steps = pointer_models.make_inputs(False, KEPT_SHAPE, dtype, device, seed=0)
     for name, bytes_ in pointer_models.kept_by_steps(steps).items():
         table.rows.append(["decoder's steps", kept_shape, name, "", _mebibytes(bytes_)])
     return table
@@ -296,7 +244,6 @@ def _mebibytes(count: int | None) -> str:
 
 SUITES = {
     "loss": Suite(loss_cases, LETTERS, LOSS_SHAPES),
-    "decoder": Suite(functools.partial(model_cases, "decoder"), LETTERS, DECODER_SHAPES),
-    "model": Suite(functools.partial(model_cases, "model"), LETTERS, MODEL_SHAPES),
+    "decoder": Suite(decoder_cases, LETTERS, DECODER_SHAPES),
 }
 TABLES: dict[str, Callable[[torch.dtype, str], Table]] = {"memory": memory}

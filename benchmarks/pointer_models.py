@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from fastseq.models.summarizer import Memory, PointerGeneratorSummarizer
 from fastseq.recipes.summarizer.plain import PlainSummarizer
 from fastseq_benchmarks import measure, pointer_truth
+from fastseq_benchmarks.common import HALF, backends_of, forced
+from fastseq_benchmarks.runner import Rival
 
-__all__ = ["ModelInputs", "kept_by_steps", "loss_and_gradients", "make_inputs", "training_step"]
+__all__ = ["TOLERANCE", "ModelInputs", "kept_by_steps", "loss_and_gradients", "make_inputs", "rivals", "training_step"]
 
 EMBEDDING, HIDDEN, CHUNK = 128, pointer_truth.HIDDEN, 128
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 3e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ class ModelInputs:
         return list(leaves.values())
 
 
-def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, whole: bool, seed: int) -> ModelInputs:
+def make_inputs(whole: bool, shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> ModelInputs:
     """B, S, T, V: a fresh model and ids by Zipf's law; no target is padding."""
     B, S, _, V = shape
     g = torch.Generator().manual_seed(seed)
@@ -112,6 +116,35 @@ def training_step(
         return {"loss": backward().detach().clone()} | _gradients(model)
 
     return step, named
+
+
+def rivals(inputs: ModelInputs) -> list[Rival]:
+    """The published step loop, and the model on each backend, and with bf16 products on a CPU."""
+    plain = Rival("step loop", *training_step(inputs.plain(), inputs))
+    device = inputs.memory.device.type
+    backends = backends_of("pointer_decoder", device)
+    found = [plain]
+    for b in backends:
+        step = training_step(inputs.fused(), inputs)
+        found.append(Rival(f"fastseq {b.name}", *step, functools.partial(forced, b.name), missing=b.available() or ""))
+    if device == "cpu" and inputs.memory.dtype == torch.float32:
+        half = functools.partial(forced, "cpu", half=True)
+        step = training_step(inputs.fused(), inputs)
+        allowed = 4 * TOLERANCE[torch.bfloat16]  # of small gradients, behind hundreds of steps
+        missing = backends[0].available() or ""
+        found.append(Rival("fastseq cpu" + HALF, *step, half, tolerance=allowed, missing=missing))
+    return found
+
+
+def model_rivals(inputs: ModelInputs) -> list[Rival]:
+    """The published step loop, and the model; under bf16 autocast too."""
+    half = functools.partial(torch.autocast, inputs.memory.device.type, torch.bfloat16)
+    allowed = 4 * TOLERANCE[torch.bfloat16]
+    return [
+        Rival("step loop", *training_step(inputs.plain(), inputs)),
+        Rival("fastseq", *training_step(inputs.fused(), inputs)),
+        Rival("fastseq" + HALF, *training_step(inputs.fused(), inputs), half, tolerance=allowed),
+    ]
 
 
 SAME = ("embedding.", "query.", "gate.", "combine.", "output.", "x_context.", "first_", "memory_projection.", "reduce_")

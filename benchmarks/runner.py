@@ -108,12 +108,16 @@ class Suite:
         letters: What the numbers of a shape are, as in "B,T,K".
         shapes: Those that are run unless others are asked for.
         large: More of them on a GPU.
+        quick: Those of a first look, if not the first of `shapes`.
+        by_name: Run only if it is asked for.
     """
 
     cases: Callable[[Sequence[Shape], torch.dtype, str], list[Case]]
     letters: str
     shapes: Sequence[Shape]
     large: Sequence[Shape] = ()
+    quick: Sequence[Shape] = ()
+    by_name: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

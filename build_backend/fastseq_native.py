@@ -109,7 +109,7 @@ def _or_leave_out(record: dict[str, Any], *names: str) -> Iterator[None]:
 def _remove_old(package: Path) -> None:
     """Delete what an earlier build left: a record must never describe another build's library."""
     for old in [*package.glob("lib/*"), *package.glob("_host.*")]:
-        if old.suffix in {".so", ".pyd", ".json"}:
+        if old.suffix in {".so", ".json"}:
             old.unlink()
 
 
@@ -130,7 +130,6 @@ def _compile(package: Path, scratch: Path, record: dict[str, Any]) -> None:
     define |= {"FASTSEQ_PYTHON_INCLUDE": "", "FASTSEQ_NVCC": ""}  # the cache may have an earlier build's
     if (Path(sysconfig.get_path("include")) / "Python.h").exists():
         define["FASTSEQ_PYTHON_INCLUDE"] = sysconfig.get_path("include")
-        define["FASTSEQ_PYTHON_SUFFIX"] = sysconfig.get_config_var("EXT_SUFFIX")
         record["built"].append("host")
     else:
         record["left_out"]["host"] = "this Python has no Python.h (its development package is not installed)"

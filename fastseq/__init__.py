@@ -6,6 +6,7 @@ fastseq.flash_attn     the functions of flash_attn, on any device
 fastseq.ops            tensors in, tensors out; torch.ops.fastseq.*
 fastseq.use("eager")   force a backend;  fastseq.explain(op, *args)  says why one was or was not chosen
 fastseq.patch(model)   swap what fastseq knows inside any module tree;  fastseq.unpatch(model)
+fastseq.profile(step)  where the time of a training step goes, and what could be faster
 fastseq.info()         versions, libraries, and the op x backend table
 """
 
@@ -22,7 +23,7 @@ else:
     _broken = None
 
 __version__ = "0.1.0.dev0"
-__all__ = ["explain", "functional", "info", "nn", "ops", "patch", "unpatch", "use"]
+__all__ = ["explain", "functional", "info", "nn", "ops", "patch", "profile", "unpatch", "use"]
 
 
 def info() -> None:
@@ -40,6 +41,8 @@ def __getattr__(name: str) -> Any:
         raise ImportError(f"fastseq cannot be used here: {_broken}") from _broken
     if name in {"patch", "unpatch"}:
         return getattr(importlib.import_module("fastseq.integrations"), name)
-    if name in {"flash_attn", "host", "integrations", "models", "recipes", "testing"}:
+    if name == "profile":
+        return importlib.import_module("fastseq.profiling").profile
+    if name in {"flash_attn", "host", "integrations", "models", "profiling", "recipes", "testing"}:
         return importlib.import_module(f"fastseq.{name}")
     raise AttributeError(f"module 'fastseq' has no attribute {name!r}")

@@ -1,8 +1,9 @@
-"""The command ``fastseq``: info, bench, train, compare, predict, data fetch."""
+"""The command ``fastseq``: info, bench, train, compare, profile, predict, data fetch."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ else:
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 INSTALL = 'pip install "fastseq-kernels[recipes]"'
-SYSTEMS = "tagger, summarizer, classifier or regressor."
+SYSTEMS = "tagger, summarizer, classifier, image or regressor."
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (info, train, compare, predict):
+    for command in (info, train, compare, profile, predict):
         commands.command()(command)
     commands.command(context_settings=PASSED_ON)(bench)
     data = typer.Typer(help="Real data to try the recipes on.", no_args_is_help=True)
@@ -97,6 +98,8 @@ def train(
         chosen = recipes.get(recipe)
         settings = load(chosen.Config, recipes.RECIPES[recipe], config, overrides or [])
         metrics = run(settings, chosen.build)
+        if os.environ.get("RANK", "0") != "0":  # torchrun's other processes
+            return
         typer.echo(f"test: {'  '.join(f'{name} {value:.2f}' for name, value in metrics.items())}")
         typer.echo(f"fastseq predict {recipe} {settings.run_dir} < text")
 
@@ -123,9 +126,34 @@ def compare(
         if json is not None:
             save_json(json, figures)
         if plot is not None:
-            from fastseq.recipes.compare import draw
+            from fastseq.recipes.compare.plot import draw
 
             draw(figures, plot)
+
+
+def profile(
+    recipe: Annotated[str, typer.Argument(help="Which system: " + SYSTEMS)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed settings.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file of changed settings, or the name of one that the recipe brings.")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="The model as it is usually written, no lever on.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 10,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+) -> None:
+    """Where a training step's time goes, phase by phase, and what could be faster."""
+    with _clear_errors():
+        from fastseq import recipes
+        from fastseq.recipes.checkpoint import save_json
+        from fastseq.recipes.config import load
+        from fastseq.recipes.profile import profile as run
+
+        chosen = recipes.get(recipe)
+        settings = load(chosen.Config, recipes.RECIPES[recipe], config, overrides or [])
+        figures = run(recipe, chosen, settings, plain=plain, steps=steps, trace=trace)
+        if json is not None:
+            save_json(json, figures)
 
 
 def predict(
@@ -133,7 +161,7 @@ def predict(
     checkpoint: Annotated[Path, typer.Argument(help="A run directory, or the best.pt in it.")],
     json: Annotated[bool, typer.Option("--json", help="A JSON object a line, with all that is known.")] = False,
 ) -> None:
-    """Read one text (or JSON row) a line from the standard input, and write what is predicted of it as it comes."""
+    """Read a text, a JSON row or an image file's name a line, and write what is predicted of it as it comes."""
     with _clear_errors():
         from fastseq import recipes
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from fastseq import library
+
 try:
-    from fastseq import _host
-except ImportError:  # not built; fastseq.library knows why
+    from fastseq import _host_functions as _host
+except ImportError:  # not built, and `fastseq info` says why
     _host = None  # type: ignore[assignment]
 
 __all__ = [
@@ -89,10 +91,22 @@ def bucket_batches(
 
 
 def padding_waste(lengths: npt.ArrayLike, batches: Sequence[Int64s]) -> float:
-    """The share of padding in batches that are padded to their longest sequence: from 0 to 1."""
+    """The share of padding in batches that are padded to their longest sequence: from 0 to 1.
+
+    Args:
+        lengths: (N,) lengths of the sequences, integers, at least 0.
+        batches: An array of indices a batch, none of them empty, as from `bucket_batches`.
+
+    Raises:
+        TypeError: An argument is not of the wanted kind.
+        ValueError: An argument is out of range.
+    """
     array = _checked_lengths(lengths)
-    padded = sum(int(array[b].max()) * len(b) for b in batches)
-    return 1 - sum(int(array[b].sum()) for b in batches) / padded if padded else 0.0
+    if not isinstance(batches, list | tuple):
+        raise TypeError(f"batches: got {type(batches).__name__}, wanted a list of arrays of indices")
+    chosen = [_checked_batch(batch, array) for batch in batches]
+    padded = sum(int(each.max()) * len(each) for each in chosen)
+    return 1 - sum(int(each.sum()) for each in chosen) / padded if padded else 0.0
 
 
 class EncodedSources(NamedTuple):
@@ -143,7 +157,9 @@ class ExtendedVocabulary:
     """
 
     def __init__(self, words: Sequence[str], unk: int = 1, *, padding: int = 0) -> None:
-        _check_rows("words", [list(words)])
+        if not isinstance(words, list | tuple):
+            raise TypeError(f"words: got {type(words).__name__}, wanted a list of strings")
+        _check_rows("words", [words])
         _check_integer("unk", unk, 0, max(0, len(words) - 1))
         _check_integer("padding", padding, -(2**63), 2**63 - 1)
         self.words, self.unk, self.padding = list(words), int(unk), int(padding)
@@ -178,6 +194,9 @@ class ExtendedVocabulary:
             TypeError: something is not a list of strings.
             ValueError: as above, or there are not as many lists in `oov` as in `targets`.
         """
+        for name, rows in (("targets", targets), ("oov", oov)):
+            if not isinstance(rows, list | tuple):
+                _check_rows(name, rows)
         if len(targets) != len(oov):
             raise ValueError(f"oov: got {len(oov)} lists, wanted one for each of the {len(targets)} targets")
         encode = _encode_targets if self._compiled is None else type(self._compiled).encode_targets
@@ -203,15 +222,30 @@ def cpu_features() -> dict[str, Any]:
     return {"architecture": platform.machine(), **found}
 
 
-def build_record() -> dict[str, Any]:
-    """What the build wrote down, and under "host" what the compiled module says of itself."""
-    from fastseq import library
+def multiplies_bf16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16.
 
-    return library.build_record() | ({} if _host is None else {"host": _host.build_record()})
+    Args:
+        device: "cpu", or "cuda" for the current GPU.
+    """
+    import torch
+
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def build_record() -> dict[str, Any]:
+    """What the build wrote down: versions, flags, what was left out and why."""
+    return library.build_record()
 
 
 def _checked_lengths(lengths: npt.ArrayLike) -> Int64s:
-    array = np.asarray(lengths)
+    try:
+        array = np.asarray(lengths)
+    except (RuntimeError, TypeError, ValueError):  # a ragged list, a tensor that is not on the host
+        raise TypeError(f"lengths: got {type(lengths).__name__}, wanted a list of integers") from None
     if array.ndim != 1:
         raise ValueError(f"lengths: got shape {array.shape}, wanted (N,)")
     if array.size and array.dtype.kind not in "iu":
@@ -219,6 +253,17 @@ def _checked_lengths(lengths: npt.ArrayLike) -> Int64s:
     if array.size and array.min() < 0:
         raise ValueError(f"lengths: got {array.min()}, wanted at least 0")
     return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _checked_batch(batch: Int64s, lengths: Int64s) -> Int64s:
+    """The lengths of the sequences in a batch."""
+    indices = np.asarray(batch)
+    if indices.ndim != 1 or indices.dtype.kind not in "iu" or not indices.size:
+        raise TypeError(f"batches: got {batch!r}, wanted arrays (n,) of integers, n at least 1")
+    if indices.min() < 0 or indices.max() >= len(lengths):
+        wanted = f"0 to {len(lengths) - 1}"
+        raise ValueError(f"batches: got indices from {indices.min()} to {indices.max()}, wanted {wanted}")
+    return lengths[indices]
 
 
 def _check_integer(name: str, value: Any, low: int, high: int) -> None:

@@ -128,11 +128,11 @@ class Op:
         """Add the compiled backend of `device`: the op of this name in the library `fastseq_<device>`."""
         missing = library.why_not(device)
         if missing is not None:
-            self.lacks(device, missing)
+            self.lacks(device, missing, why_not)
             return
         compiled = getattr(getattr(torch.ops, f"{NAMESPACE}_{device}"), self.name, None)
         if compiled is None:  # in a source tree, after an update
-            self.lacks(device, f"the compiled {device} library is older than this op: build it again")
+            self.lacks(device, f"the compiled {device} library is older than this op: build it again", why_not)
             return
         run = value_errors(compiled.default)
         if device == "cuda":
@@ -151,14 +151,18 @@ class Op:
 
         self.register(Backend(name, run, why_not, available, device=device))
 
-    def lacks(self, name: str, reason: str) -> None:
-        """Say why there is no backend `name`: `fastseq info`, `explain` and the error of forcing it repeat it."""
+    def lacks(self, name: str, reason: str, why_not: WhyNot | None = None) -> None:
+        """Say why there is no backend `name`: `fastseq info`, `explain` and the error of forcing it repeat it.
+
+        `why_not` is what the backend would refuse where it is built, and None where it is built nowhere: the table of what
+        runs where is made of it.
+        """
 
         def run(*args: Any) -> Any:
             raise BackendError(f"{self.name} has no backend {name!r}: {reason}")
 
         device = "cpu" if name == "cpu" else "cuda"
-        self.register(Backend(name, run, lambda *_: reason, lambda: reason, device=device))
+        self.register(Backend(name, run, why_not or (lambda *_: reason), lambda: reason, device=device))
 
     def autograd(self, *, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Give the op its derivative, for every backend.
@@ -186,9 +190,12 @@ class Op:
         if not is_plain(args):
             functorch = self._function is not None and torch._C._are_functorch_transforms_active()
             return self._function.apply(*args) if functorch else self.torch_op(*args)
-        if self._direct is not None and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return self.run(*args)
+        if self._direct is not None:
             return self._direct(*args)
-        return self.run(*args)
+        with torch.no_grad():  # no backend shall have a derivative that the op has not
+            return self.run(*args)
 
     def run(self, *args: Any) -> Any:
         """What PyTorch calls below the op boundary: the dispatch, in one line."""
@@ -268,12 +275,12 @@ def _vmap_by_loop(call: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
 
 
 def is_plain(args: Sequence[Any]) -> bool:
-    """No compiler, transform, dispatch mode or tensor subclass is involved: the dispatcher would add only time."""
+    """No compiler, transform, dispatch mode, tensor subclass or meta tensor: the dispatcher would add only time."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
-        and all(type(a) in _PLAIN_TYPES for a in args)
+        and all(type(a) in _PLAIN_TYPES and not (isinstance(a, Tensor) and a.is_meta) for a in args)
     )
 
 

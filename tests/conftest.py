@@ -11,7 +11,7 @@ import pytest
 import torch
 
 # Tiny tensors gain nothing from a second thread, and lose much where other tests run beside these.
-ONE_THREAD = {"benchmarks", "flash_attn", "models", "recipes"}
+ONE_THREAD = {"benchmarks", "flash_attn", "models", "profiling", "recipes"}
 
 
 @pytest.fixture(autouse=True)

@@ -45,8 +45,6 @@ SlotMap::Range SlotMap::keys(int64_t n, int64_t begin, int64_t end) const {
 
 namespace {
 
-int64_t bytes(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
 SlotMap map_of(const Disentangled& p) {
   int64_t longest = 0;
   for (const Sequence& s : p.sequences) longest = std::max(longest, s.length);

@@ -280,7 +280,7 @@ class Backward {
 
   // The tasks' parts of a table's gradient, in their order.
   void add_up(void* to, R* sums, bool falling) const {
-    const int64_t all = p.P * p.H * p.D * bytes_of(p.type), size = map.count * width;
+    const int64_t all = p.P * p.H * p.D * bytes(p.type), size = map.count * width;
     if (all > 0) std::memset(to, 0, all);
     run_tasks(parallel, map.count, [&](int64_t slot) {
       const int64_t row = falling ? map.count - 1 - slot : slot;

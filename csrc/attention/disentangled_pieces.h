@@ -46,8 +46,6 @@ void run_with_scratch(const ParallelFor& parallel_for, int64_t n, const Owner& o
   });
 }
 
-inline int64_t bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
 inline int64_t longest(const Disentangled& p) {
   int64_t n = 0;
   for (const Sequence& s : p.sequences) n = std::max(n, s.length);
@@ -57,14 +55,14 @@ inline int64_t longest(const Disentangled& p) {
 // Positions [begin, end) of a sequence, of head h.
 inline Matrix rows_of(const Disentangled& p, const Heads& x, const Sequence& s, int64_t h, Range r) {
   const int64_t at = s.b * x.row + (s.first + r.begin) * x.position + h * x.head;
-  return {static_cast<const char*>(x.data) + at * bytes_of(p.type), p.type, r.size(), p.D, x.position};
+  return {static_cast<const char*>(x.data) + at * bytes(p.type), p.type, r.size(), p.D, x.position};
 }
 
 // The slots that occur, of head h: rising, or (for the queries' term) falling.
 inline Matrix slots_of(const Disentangled& p, const SlotMap& map, const Table& x, int64_t h, bool falling) {
   const int64_t first = falling ? map.first_slot + map.count - 1 : map.first_slot;
   const int64_t at = first * x.slot + h * x.head;
-  return {static_cast<const char*>(x.data) + at * bytes_of(p.type), p.type, map.count, p.D,
+  return {static_cast<const char*>(x.data) + at * bytes(p.type), p.type, map.count, p.D,
           falling ? -x.slot : x.slot};
 }
 

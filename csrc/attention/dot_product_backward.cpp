@@ -67,9 +67,9 @@ class Backpropagation {
 
   void run(const ParallelFor& parallel) {
     if (p.cu_q) {  // there may be tokens that are in no sequence
-      std::memset(out.dq, 0, size_t(p.queries * p.query_heads * p.D * bytes()));
-      std::memset(out.dk, 0, size_t(p.keys * p.key_heads * p.D * bytes()));
-      std::memset(out.dv, 0, size_t(p.keys * p.key_heads * p.D * bytes()));
+      std::memset(out.dq, 0, size_t(p.queries * p.query_heads * p.D * bytes(p.type)));
+      std::memset(out.dk, 0, size_t(p.keys * p.key_heads * p.D * bytes(p.type)));
+      std::memset(out.dv, 0, size_t(p.keys * p.key_heads * p.D * bytes(p.type)));
     }
     run_tasks_with(
         parallel, bias.tasks(), [&] { return Scratch(most_keys, group * most_queries, p.D); },
@@ -86,8 +86,6 @@ class Backpropagation {
     const int64_t parts = std::max<int64_t>(1, (keys + kKeysOfPart - 1) / kKeysOfPart);
     return round_up((keys + parts - 1) / parts, kColumnStep);
   }
-
-  int64_t bytes() const { return p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2; }
 
   struct Head {
     Sequence s;
@@ -119,7 +117,7 @@ class Backpropagation {
              const R* sums, R factor) const {
     const int64_t at = ((row * tokens + token) * heads + head) * p.D;
     if (factor == 0) {
-      std::memset(static_cast<char*>(gradient) + at * bytes(), 0, size_t(p.D * bytes()));
+      std::memset(static_cast<char*>(gradient) + at * bytes(p.type), 0, size_t(p.D * bytes(p.type)));
       return;
     }
     store_scaled(p.type, gradient, at, p.D, sums, factor);

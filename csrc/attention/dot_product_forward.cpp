@@ -102,8 +102,8 @@ class Forward {
     static_cast<R*>(out.lse)[(row * p.query_heads + head) * p.queries + token] = lse;
     const int64_t at = ((row * p.queries + token) * p.query_heads + head) * p.D;
     if (factor == 0) {
-      const int64_t bytes = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
-      std::memset(static_cast<char*>(out.out) + at * bytes, 0, size_t(p.D * bytes));
+      const int64_t size = bytes(p.type);
+      std::memset(static_cast<char*>(out.out) + at * size, 0, size_t(p.D * size));
       return;
     }
     store_scaled(p.type, out.out, at, p.D, sums, factor);

@@ -35,9 +35,8 @@ struct Sequence {
 // Rows [begin, end) of one head, counted from `first` token.
 inline Matrix matrix(const Tokens& t, Type type, int64_t D, const Sequence& s, int64_t first, int64_t head,
                      Range rows) {
-  const int64_t bytes = type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
   const int64_t at = s.row * t.row_stride + (first + rows.begin) * t.token_stride + head * t.head_stride;
-  return {static_cast<const char*>(t.data) + at * bytes, type, rows.size(), D, t.token_stride};
+  return {static_cast<const char*>(t.data) + at * bytes(type), type, rows.size(), D, t.token_stride};
 }
 
 // Keys [begin, end) that query i sees as far as causal and window go.

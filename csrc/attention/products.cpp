@@ -17,8 +17,7 @@ template <class E>
 using Word = std::conditional_t<std::is_same_v<E, double>, double, float>;
 
 const char* row_of(const Matrix& m, int64_t r) {
-  const int64_t bytes = m.type == Type::f64 ? 8 : m.type == Type::f32 ? 4 : 2;
-  return static_cast<const char*>(m.data) + r * m.stride * bytes;
+  return static_cast<const char*>(m.data) + r * m.stride * bytes(m.type);
 }
 
 // Row r, converted, with zeros up to `elements`.

@@ -12,10 +12,6 @@
 // which steps<E>() counts. Packing moves each number once; a product runs at 85 % and more of a core's peak
 // if a panel of 128 elements' depth and the rows of A stay in the first two levels of cache.
 #pragma once
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "../common/gemm.h"
 #include "../common/half.h"
 
@@ -37,42 +33,6 @@ struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
-
-// Aligned and uninitialised memory.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n)
-      : data_(static_cast<T*>(std::aligned_alloc(64, size_t(round_up(n * int64_t(sizeof(T)) + 1, 64))))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  operator T*() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
-
-// Elements of depth that n numbers need.
-template <class E>
-constexpr int64_t steps(int64_t n) {
-  return (n + Element<E>::kSteps - 1) / Element<E>::kSteps;
-}
-
-// The columns that a product of n columns writes: C needs memory for them.
-template <class E>
-constexpr int64_t padded(int64_t n) {
-  return round_up(n, kLanes<E>);
-}
-
-// Elements between rows of `columns` numbers such that those of one column are in different sets of a cache:
-// an odd number of lines.
-template <class T>
-constexpr int64_t apart(int64_t columns) {
-  return (round_up(columns * int64_t(sizeof(T)), 64) / 64 | 1) * 64 / int64_t(sizeof(T));
-}
 
 // Elements that panels take.
 template <class E>

@@ -4,8 +4,13 @@
 //
 // A step of the loop loads one row of the panel and broadcasts one element of each row of A: with 6 rows and
 // 4 vectors 10 loads for 24 multiply-adds, which keeps one 512-bit unit busy. B's panel is meant to stay in
-// the first level cache while the rows of A go by, so callers cut the depth at `kDepth` elements.
+// the first level cache while the rows of A go by, so callers cut the depth at `kDepth` elements. Callers
+// pack as their operands lie; what memory that takes is here.
 #pragma once
+#include <cstdlib>
+#include <memory>
+#include <new>
+
 #include "simd.h"
 
 namespace fastseq::FASTSEQ_ISA {
@@ -48,6 +53,42 @@ constexpr int panel_vectors(int64_t columns, int64_t p) {
   const int64_t left = (columns - p * kPanel<E> + kLanes<E> - 1) / kLanes<E>;
   return int(left < kPanelVectors ? left : kPanelVectors);
 }
+
+// Elements of depth that n numbers need.
+template <class E>
+constexpr int64_t steps(int64_t n) {
+  return (n + Element<E>::kSteps - 1) / Element<E>::kSteps;
+}
+
+// The columns that a product of n columns writes: C needs memory for them.
+template <class E>
+constexpr int64_t padded(int64_t n) {
+  return round_up(n, kLanes<E>);
+}
+
+// Elements between rows of `columns` numbers such that those of one column are in different sets of a cache:
+// an odd number of lines.
+template <class T>
+constexpr int64_t apart(int64_t columns) {
+  return (round_up(columns * int64_t(sizeof(T)), 64) / 64 | 1) * 64 / int64_t(sizeof(T));
+}
+
+// Aligned and uninitialised memory.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n)
+      : data_(static_cast<T*>(std::aligned_alloc(64, size_t(round_up(n * int64_t(sizeof(T)) + 1, 64))))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  operator T*() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
 
 // A: element (m, k) at a[m * stride + k] where the rows are contiguous, else at a[m + k * stride].
 enum class Rows { contiguous, strided };

@@ -1,5 +1,5 @@
-// What the registrations of ops for CPUs share: torch's threads as a `ParallelFor`, and element types by
-// name.
+// What the registrations of ops for CPUs share: torch's threads as a `ParallelFor`, the type of the
+// arithmetic, and element types by name.
 #pragma once
 #include <functional>
 #include <string>
@@ -12,6 +12,12 @@ namespace fastseq {
 // (torch has a C function of the name torch_parallel_for.)
 inline void torch_threads(int64_t n, const std::function<void(int64_t, int64_t)>& f) {
   torch::stable::parallel_for(0, n, 1, f);
+}
+
+// Calls f(R{}) with the type of the arithmetic: double where t is float64, else float.
+template <class F>
+auto with_arithmetic(const Tensor& t, const F& f) {
+  return t.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
 
 // The element type of the argument `name`.

@@ -16,6 +16,7 @@
 #include <string>
 
 #include "cuda.h"
+#include "torch_tensor.h"
 
 namespace fastseq {
 
@@ -61,5 +62,23 @@ inline cudaStream_t current_stream(int32_t device) {
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 
 #endif
+
+// Calls f(S{}, R{}) with the element types of the argument `name`, and of parameters and results.
+template <class F>
+auto with_types(const Tensor& t, const char* name, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{}, double{});
+    case ScalarType::Float:
+      return f(float{}, float{});
+    case ScalarType::BFloat16:
+      return f(cuda::bf16{}, float{});
+    case ScalarType::Half:
+      return f(cuda::f16{}, float{});
+    default:
+      throw std::runtime_error(std::string("fastseq: ") + name +
+                               ": wanted float64, float32, bfloat16 or float16");
+  }
+}
 
 }  // namespace fastseq

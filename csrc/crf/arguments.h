@@ -7,12 +7,6 @@
 
 namespace fastseq::crf {
 
-// Runs f with R = double for float64 emissions, else float.
-template <class F>
-auto with_arithmetic(const Tensor& emissions, const F& f) {
-  return emissions.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
-
 // The tensors, with the shapes and types of the contract: emissions with dense tags, parameters contiguous.
 template <class R>
 struct Arguments {

@@ -10,6 +10,8 @@ namespace fastseq::crf {
 
 enum class Type { f64, f32, bf16, f16 };
 
+constexpr int64_t bytes(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
 // A batch of emissions as it lies in memory: element (b, t, k) is data[b*stride_b + t*stride_t + k] (strides
 // in elements).
 struct Emissions {

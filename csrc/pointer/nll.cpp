@@ -67,11 +67,9 @@ class Loss {
     for (int64_t i = task * kTask; i < std::min(n, (task + 1) * kTask); ++i) f(i);
   }
 
-  static int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
   void clear() const {
     if (!g) return;
-    if (p.B * p.T * p.H > 0) std::memset(g->hidden, 0, p.B * p.T * p.H * size_of(p.hidden_type));
+    if (p.B * p.T * p.H > 0) std::memset(g->hidden, 0, p.B * p.T * p.H * bytes(p.hidden_type));
     std::fill_n(g->copy, p.B * p.T * p.S, R(0));
     if (p.gate) std::fill_n(g->gate, p.B * p.T, R(0));
   }
@@ -116,12 +114,11 @@ class Loss {
     row.mass = target.log(), row.everything = all.log();
   }
 
-  // ---- the vocabulary
-  // ----------------------------------------------------------------------------------------------
+  // ---- the vocabulary ------------------------------------------------------------------------------------
 
   void go_through_vocabulary() {
     if (g && needed_.empty()) {
-      if (p.V * p.H > 0) std::memset(g->weight, 0, p.V * p.H * size_of(p.weight_type));
+      if (p.V * p.H > 0) std::memset(g->weight, 0, p.V * p.H * bytes(p.weight_type));
       if (p.bias) std::fill_n(g->bias, p.V, R(0));
     }
     if (needed_.empty()) return;
@@ -173,8 +170,7 @@ class Loss {
 
   int64_t rows_of(int64_t b) const { return first_[b + 1] - first_[b]; }
 
-  // ---- mixing
-  // ------------------------------------------------------------------------------------------------------
+  // ---- mixing --------------------------------------------------------------------------------------------
 
   void finish_rows() {
     run_tasks(parallel, tasks(tiles_.N), [&](int64_t task) {

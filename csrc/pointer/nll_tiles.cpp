@@ -15,33 +15,17 @@
 #include "nll_tiles.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 #include <thread>
 #include <type_traits>
 
 #include "../common/gemm.h"
+#include "../common/one_double.h"
 
 namespace fastseq::FASTSEQ_ISA {
 namespace {
 
 using namespace fastseq::pointer;
-
-// float64 in the place of a vector of floats: right, and as slow as std::exp.
-struct OneDouble {
-  static constexpr int W = 1;
-  double v;
-  static OneDouble set(double x) { return {x}; }
-  static OneDouble load(const double* p) { return {*p}; }
-  void store(double* p) const { *p = v; }
-  friend OneDouble operator+(OneDouble a, OneDouble b) { return {a.v + b.v}; }
-  friend OneDouble operator-(OneDouble a, OneDouble b) { return {a.v - b.v}; }
-  friend OneDouble max(OneDouble a, OneDouble b) { return {a.v > b.v ? a.v : b.v}; }
-  static OneDouble fma(OneDouble a, OneDouble b, OneDouble c) { return {a.v * b.v + c.v}; }
-  static OneDouble exp_or_zero(OneDouble x) { return {std::exp(x.v)}; }
-  friend double sum(OneDouble a) { return a.v; }
-};
 
 template <class R>
 using Numbers = std::conditional_t<std::is_same_v<R, double>, OneDouble, Wide>;
@@ -49,22 +33,6 @@ using Numbers = std::conditional_t<std::is_same_v<R, double>, OneDouble, Wide>;
 // What one step of the depth is stored as.
 template <class E>
 using Scalar = std::conditional_t<std::is_same_v<E, Pair>, uint16_t, E>;
-
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n)
-      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(std::max<int64_t>(n, 1) * sizeof(T), 64)))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  operator T*() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 constexpr int64_t kRowsAtOnce = 512;  // of which a tile's logits are held
 constexpr int64_t kSumBytes =
@@ -78,13 +46,6 @@ int64_t processors() {
   return n;
 }
 
-// Rows that lie 64 * (an odd number) bytes apart: elements of one column are then in different sets of a
-// cache.
-template <class E>
-int64_t apart(int64_t columns) {
-  return (round_up(columns * int64_t(sizeof(E)), 64) / 64 | 1) * 64 / int64_t(sizeof(E));
-}
-
 template <class E>
 class Tiler {
   using R = typename Element<E>::Sum;
@@ -93,28 +54,24 @@ class Tiler {
   static constexpr int kSteps = Element<E>::kSteps;
   static constexpr int64_t kWords = 96 * kSteps;  // a tile
 
-  static constexpr int64_t steps(int64_t n) { return (n + kSteps - 1) / kSteps; }
-  static constexpr int64_t padded(int64_t n) { return round_up(n, kLanes<E>); }
-
  public:
   Tiler(Tiles<R>& tiles, const ParallelFor& parallel)
       : t(tiles),
         parallel(parallel),
         count((t.V + kWords - 1) / kWords),
-        x_depth_h(padded(t.N) * steps(t.H)),
-        x_depth_n(t.gradient ? padded(t.H) * steps(t.N) : 0) {
+        x_depth_h(padded<E>(t.N) * steps<E>(t.H)),
+        x_depth_n(t.gradient ? padded<E>(t.H) * steps<E>(t.N) : 0) {
     pack_hidden();
   }
 
-  // ---- first pass: largest logit and sum of exponentials
-  // -----------------------------------------------------------
+  // ---- first pass: largest logit and sum of exponentials -------------------------------------------------
 
   void normalize() {
     const int64_t slots = std::min(count, kFirstSlots);
     std::vector<R> largest(slots * t.N, std::numeric_limits<R>::lowest());
     std::vector<double> sum(slots * t.N), logit_sum(t.sum_logits ? slots * t.N : 0);
     run_tasks(parallel, slots, [&](int64_t slot) {
-      const Buffer<S> converted(kWords * steps(t.H) * kSteps);
+      const Buffer<S> converted(kWords * steps<E>(t.H) * kSteps);
       const Buffer<R> z(kWords * kPanel<E>);
       const int64_t at = slot * t.N;
       for (int64_t i = slot * count / slots; i < (slot + 1) * count / slots; ++i) {
@@ -140,11 +97,10 @@ class Tiler {
     }
   }
 
-  // ---- second pass: gradients
-  // --------------------------------------------------------------------------------------
+  // ---- second pass: gradients ----------------------------------------------------------------------------
 
   void differentiate() {
-    const int64_t width = padded(t.H), row_sums = t.N * width;
+    const int64_t width = padded<E>(t.H), row_sums = t.N * width;
     const int64_t affordable = kSumBytes / (row_sums * int64_t(sizeof(R)));
     const int64_t slots =
         std::min(count, std::clamp(affordable / processors(), int64_t(1), int64_t(4)) * processors());
@@ -179,12 +135,12 @@ class Tiler {
     explicit Scratch(const Tiler& tiler)
         : rows(tiler.rows_at_once()),
           ld(apart<E>(rows)),
-          converted(kWords * steps(tiler.t.H) * kSteps),
-          panels(kWords * padded(tiler.t.H)),
+          converted(kWords * steps<E>(tiler.t.H) * kSteps),
+          panels(kWords * padded<E>(tiler.t.H)),
           z(kWords * ld),
           by_word(kSteps == 1 ? 0 : kWords * ld),
           by_row(kSteps == 1 ? 0 : kWords / kSteps * ld),
-          weight(kWords * padded(tiler.t.H)),
+          weight(kWords * padded<E>(tiler.t.H)),
           bias(kWords) {}
     const int64_t rows, ld;
     const Buffer<S> converted, panels;
@@ -194,8 +150,7 @@ class Tiler {
     const Buffer<R> weight, bias;
   };
 
-  // ---- operands
-  // ----------------------------------------------------------------------------------------------------
+  // ---- operands ------------------------------------------------------------------------------------------
 
   static S scalar(R x) {
     if constexpr (kSteps == 2)
@@ -207,7 +162,7 @@ class Tiler {
   // Panels of `columns` columns, each [depth][lanes]: where step k of column c is.
   static int64_t packed_at(int64_t columns, int64_t depth, int64_t k, int64_t c) {
     const int64_t p = c / kPanel<E>, width = panel_vectors<E>(columns, p) * kLanes<E>;
-    return ((p * kPanel<E> * steps(depth)) + k / kSteps * width + c % kPanel<E>)*kSteps + k % kSteps;
+    return ((p * kPanel<E> * steps<E>(depth)) + k / kSteps * width + c % kPanel<E>)*kSteps + k % kSteps;
   }
 
   void pack_hidden() {
@@ -215,13 +170,13 @@ class Tiler {
     S* by_n = reinterpret_cast<S*>(static_cast<E*>(x_depth_n));
     const int64_t rows = round_up(t.N, std::max(kLanes<E>, kSteps));
     run_tasks(parallel, (rows + 31) / 32, [&](int64_t task) {
-      std::vector<R> row(padded(steps(t.H) * kSteps));
+      std::vector<R> row(padded<E>(steps<E>(t.H) * kSteps));
       for (int64_t n = task * 32; n < std::min(rows, task * 32 + 32); ++n) {
         std::fill(row.begin(), row.end(), R{});
         if (n < t.N) crf::load_row({t.hidden, t.hidden_type, 2, 1, t.H, t.hidden_at[n], 0}, 1, 0, row.data());
-        for (int64_t h = 0; h < steps(t.H) * kSteps; ++h) by_h[packed_at(t.N, t.H, h, n)] = scalar(row[h]);
-        if (t.gradient && n < steps(t.N) * kSteps)
-          for (int64_t h = 0; h < padded(t.H); ++h) by_n[packed_at(t.H, t.N, n, h)] = scalar(row[h]);
+        for (int64_t h = 0; h < steps<E>(t.H) * kSteps; ++h) by_h[packed_at(t.N, t.H, h, n)] = scalar(row[h]);
+        if (t.gradient && n < steps<E>(t.N) * kSteps)
+          for (int64_t h = 0; h < padded<E>(t.H); ++h) by_n[packed_at(t.H, t.N, n, h)] = scalar(row[h]);
       }
     });
   }
@@ -236,7 +191,7 @@ class Tiler {
     const S* there = static_cast<const S*>(t.weight) + first * t.H;
     if (same && t.H % kSteps == 0 && reinterpret_cast<uintptr_t>(there) % alignof(E) == 0)
       return {first, words, there, t.H, bias};
-    const int64_t stride = steps(t.H) * kSteps;
+    const int64_t stride = steps<E>(t.H) * kSteps;
     std::vector<R> row(stride);
     for (int64_t v = 0; v < words; ++v) {
       if constexpr (kSteps == 2) {
@@ -265,7 +220,7 @@ class Tiler {
     for (int64_t p = 0; p * kPanel<E> < t.H; ++p) {
       const int64_t width = panel_vectors<E>(t.H, p) * kLanes<E>, begin = p * kPanel<E>;
       const int64_t here = std::min(width, t.H - begin);
-      S* out = panels + begin * steps(tile.words) * kSteps;
+      S* out = panels + begin * steps<E>(tile.words) * kSteps;
       for (int64_t v = 0; v < tile.words; v += kSteps, out += width * kSteps) {
         const S* row = tile.rows + v * tile.stride + begin;
         if constexpr (kSteps == 1) {
@@ -286,16 +241,15 @@ class Tiler {
 
   static const E* elements(const S* p) { return reinterpret_cast<const E*>(p); }
 
-  // ---- logits
-  // ------------------------------------------------------------------------------------------------------
+  // ---- logits --------------------------------------------------------------------------------------------
 
   // z[v * ld + n] for the tile's words and the rows of panel p, without bias.
   void logits(const Tile& tile, int64_t p, R* z, int64_t ld) const {
     const int vectors = panel_vectors<E>(t.N, p);
-    const E* panel = x_depth_h + p * kPanel<E> * steps(t.H);
-    for (int64_t k = 0; k < steps(t.H); k += kDepth)
+    const E* panel = x_depth_h + p * kPanel<E> * steps<E>(t.H);
+    for (int64_t k = 0; k < steps<E>(t.H); k += kDepth)
       multiply<E, Rows::contiguous>(tile.words, vectors,
-                                    {std::min(kDepth, steps(t.H) - k), elements(tile.rows) + k,
+                                    {std::min(kDepth, steps<E>(t.H) - k), elements(tile.rows) + k,
                                      tile.stride / kSteps, panel + k * vectors * kLanes<E>, z, ld, k > 0});
   }
 
@@ -353,8 +307,7 @@ class Tiler {
     }
   }
 
-  // ---- gradients
-  // ---------------------------------------------------------------------------------------------------
+  // ---- gradients -----------------------------------------------------------------------------------------
 
   // Rows are taken in blocks of like size, whole panels each but the last.
   int64_t rows_at_once() const {
@@ -379,7 +332,8 @@ class Tiler {
       multiply_gradients(tile, begin, rows, s, hidden);
     }
     for (int64_t v = 0; v < tile.words; ++v)
-      crf::store_row(t.weight_type, t.grad_weight, (tile.first + v) * t.H, t.H, s.weight + v * padded(t.H));
+      crf::store_row(t.weight_type, t.grad_weight, (tile.first + v) * t.H, t.H,
+                     s.weight + v * padded<E>(t.H));
     if (t.grad_bias) std::copy_n(static_cast<R*>(s.bias), tile.words, t.grad_bias + tile.first);
   }
 
@@ -442,7 +396,7 @@ class Tiler {
   }
 
   void multiply_gradients(const Tile& tile, int64_t begin, int64_t rows, Scratch& s, R* hidden) const {
-    const int64_t width = padded(t.H);
+    const int64_t width = padded<E>(t.H);
     const E *by_word, *by_row;
     if constexpr (kSteps == 1)
       by_word = by_row = s.z;
@@ -451,14 +405,14 @@ class Tiler {
     for (int64_t p = 0; p * kPanel<E> < t.H; ++p) {
       const int64_t column = p * kPanel<E>;
       const int vectors = panel_vectors<E>(t.H, p);
-      const E* x = x_depth_n + column * steps(t.N) + begin / kSteps * vectors * kLanes<E>;
-      for (int64_t k = 0; k < steps(rows); k += kDepth)
+      const E* x = x_depth_n + column * steps<E>(t.N) + begin / kSteps * vectors * kLanes<E>;
+      for (int64_t k = 0; k < steps<E>(rows); k += kDepth)
         multiply<E, Rows::contiguous>(tile.words, vectors,
-                                      {std::min(kDepth, steps(rows) - k), by_word + k, s.ld,
+                                      {std::min(kDepth, steps<E>(rows) - k), by_word + k, s.ld,
                                        x + k * vectors * kLanes<E>, s.weight + column, width, begin + k > 0});
       multiply<E, Rows::strided>(
           rows, vectors,
-          {steps(tile.words), by_row, s.ld, elements(s.panels) + column * steps(tile.words),
+          {steps<E>(tile.words), by_row, s.ld, elements(s.panels) + column * steps<E>(tile.words),
            hidden + begin * width + column, width, true});
     }
   }

@@ -13,12 +13,6 @@ using namespace fastseq;
 using namespace fastseq::pointer;
 using crf::Type;
 
-// Runs f with R = double for float64 logits, else float.
-template <class F>
-auto with_arithmetic(const Tensor& logits, const F& f) {
-  return logits.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
-
 // The arguments as the kernels take them.
 template <class R>
 struct Inputs : MixtureArguments<R> {

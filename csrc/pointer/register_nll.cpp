@@ -107,15 +107,10 @@ struct Arguments {
   }
 };
 
-template <class F>
-auto with_results(const Tensor& hidden, const F& f) {
-  return hidden.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
-}
-
 Tensor pointer_nll(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                    const Tensor& copy, const std::optional<Tensor>& gate, const Tensor& source,
                    const Tensor& target, int64_t ignore_index, double smoothing, double z_loss) {
-  return with_results(hidden, [&](auto zero) {
+  return with_arithmetic(hidden, [&](auto zero) {
     using R = decltype(zero);
     const Arguments<R> in(hidden, weight, bias, copy, gate, source, target, ignore_index, smoothing, z_loss);
     Tensor values = empty(hidden, {in.problem.B, in.problem.T}, in.kType);
@@ -130,7 +125,7 @@ Results pointer_nll_grad(const Tensor& hidden, const Tensor& weight, const std::
                          const Tensor& copy, const std::optional<Tensor>& gate, const Tensor& source,
                          const Tensor& target, int64_t ignore_index, double smoothing, double z_loss,
                          const std::optional<Tensor>& weights) {
-  return with_results(hidden, [&](auto zero) -> Results {
+  return with_arithmetic(hidden, [&](auto zero) -> Results {
     using R = decltype(zero);
     const Arguments<R> in(hidden, weight, bias, copy, gate, source, target, ignore_index, smoothing, z_loss);
     const Nll<R>& p = in.problem;

@@ -10,7 +10,7 @@
 
 #include "attention/dot_product.h"
 #include "testing/check.h"
-#include "testing/crf_problem.h"
+#include "testing/numbers.h"
 #include "testing/threads.h"
 
 namespace {
@@ -157,21 +157,7 @@ Answer define(const Case& c) {
   return a;
 }
 
-// ---- running the kernels
-// ------------------------------------------------------------------------------------------
-
-Memory<char> stored(const std::vector<double>& from, Type type) {
-  Memory<char> out(int64_t(from.size()) * bytes(type));
-  crf::store_row(type, out.data(), 0, int64_t(from.size()), from.data());
-  return out;
-}
-
-std::vector<double> loaded(const Memory<char>& from, Type type) {
-  const int64_t n = from.size() / bytes(type);
-  std::vector<double> out(n);
-  crf::load_row({from.data(), type, 1, 1, n, 0, 0}, 0, 0, out.data());
-  return out;
-}
+// ---- running the kernels ---------------------------------------------------------------------------------
 
 Answer run(const Case& c, Type type, const ParallelFor& parallel) {
   const Type result = type == Type::f64 ? Type::f64 : Type::f32;
@@ -213,18 +199,6 @@ Answer run(const Case& c, Type type, const ParallelFor& parallel) {
           loaded(dk, type),  loaded(dv, type),    loaded(dbias, type)};
 }
 
-void check_near(const char* what, const std::vector<double>& got, const std::vector<double>& want,
-                double tolerance) {
-  double size = 1;
-  for (const double x : want)
-    if (std::isfinite(x)) size = std::max(size, std::fabs(x));
-  for (size_t i = 0; i < want.size(); ++i) {
-    if (got[i] == want[i] || (std::isnan(got[i]) && std::isnan(want[i]))) continue;
-    if (std::fabs(got[i] - want[i]) <= tolerance * size) continue;
-    if (report(__FILE__, __LINE__)) std::printf("%s[%zu] is %.9g, wanted %.9g\n", what, i, got[i], want[i]);
-  }
-}
-
 void check_answer(const Answer& got, const Answer& want, double tolerance, double lse_tolerance) {
   check_near("out", got.out, want.out, tolerance), check_near("lse", got.lse, want.lse, lse_tolerance);
   check_near("dq", got.dq, want.dq, tolerance), check_near("dk", got.dk, want.dk, tolerance);
@@ -248,8 +222,7 @@ void check(const std::string& what, const Case& c) {
   }
 }
 
-// ---- cases
-// --------------------------------------------------------------------------------------------------------
+// ---- cases -----------------------------------------------------------------------------------------------
 
 void check_sizes() {
   const int64_t sizes[][6] = {{1, 1, 1, 1, 1, 1},     {2, 5, 7, 2, 1, 3},     {0, 3, 4, 2, 2, 8},

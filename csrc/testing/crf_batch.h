@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <limits>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "common/half.h"
 #include "crf/crf.h"
+#include "testing/check.h"
 
 namespace fastseq::testing {
 
@@ -18,8 +20,6 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 enum class Values { smooth, ties, forbidden, everything_forbidden };
-
-inline int64_t bytes(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
 template <class R>
 struct Batch {
@@ -121,5 +121,23 @@ struct Oracle {
   double x(int64_t l, int64_t k) const { return batch.x(b, batch.rows.of(b)[l], k); }
   double probability(size_t path) const { return log_z == -kInf ? 0 : std::exp(scores[path] - log_z); }
 };
+
+// Calls f(batch, repeat, random) with 25 batches of each type and each kind of values, and says which it is.
+template <class F>
+void for_batches(const F& f) {
+  const auto of_type = [&](auto zero, Type type, Values values) {
+    std::mt19937 random(static_cast<unsigned>(type) * 10 + static_cast<unsigned>(values));
+    for (int repeat = 0; repeat < 25; ++repeat) {
+      const int64_t B = 1 + random() % 4, T = 1 + random() % 4, K = 1 + random() % 4;
+      context() = "type " + std::to_string(static_cast<int>(type)) + ", values " +
+                  std::to_string(static_cast<int>(values)) + ", repeat " + std::to_string(repeat);
+      f(Batch<decltype(zero)>(random, type, values, B, T, K), repeat, random);
+    }
+  };
+  for (Values values : {Values::smooth, Values::ties, Values::forbidden, Values::everything_forbidden}) {
+    of_type(double{}, Type::f64, values);
+    for (Type type : {Type::f32, Type::bf16, Type::f16}) of_type(float{}, type, values);
+  }
+}
 
 }  // namespace fastseq::testing

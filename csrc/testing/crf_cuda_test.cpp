@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -21,6 +20,7 @@
 #include "testing/crf_cuda_batch.h"
 #include "testing/crf_hazards.h"
 #include "testing/crf_problem.h"
+#include "testing/emulated.h"
 
 namespace {
 
@@ -380,11 +380,5 @@ void run_all() {
 int main(int argc, char** argv) {
   quick = argc > 1 && std::string(argv[1]) == "quick";
   chosen_part = emulator::settings().seed;
-  try {
-    run_all();
-  } catch (const std::exception& error) {  // of the emulator
-    std::printf("%s: %s\n", context().c_str(), error.what());
-    return 1;
-  }
-  return summary("crf_cuda");
+  return run_emulated("crf_cuda", run_all);
 }

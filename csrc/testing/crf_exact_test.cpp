@@ -215,31 +215,14 @@ void test_long_rows() {
   CHECK(close(pairs, want_pairs, 1e-9) && close(starts, want_starts, 1e-9));
 }
 
-// ---- all of it --------------------------------------------------------------------------------------------
-
-template <class R>
-void test_all(Type type, Values values) {
-  std::mt19937 random(static_cast<unsigned>(type) * 10 + static_cast<unsigned>(values));
-  for (int repeat = 0; repeat < 25; ++repeat) {
-    const int64_t B = 1 + random() % 4, T = 1 + random() % 4, K = 1 + random() % 4;
-    context() = "type " + std::to_string(static_cast<int>(type)) + ", values " +
-                std::to_string(static_cast<int>(values)) + ", repeat " + std::to_string(repeat);
-    const Batch<R> batch(random, type, values, B, T, K);
-    test_nll(batch, repeat % 2 == 0, repeat % 3 == 0);
-    test_entropy(batch);
-  }
-}
-
 }  // namespace
 
 int main() {
   SKIP_UNLESS_ISA_IS_AS_ASKED();
-  for (Values values : {Values::smooth, Values::ties, Values::forbidden, Values::everything_forbidden}) {
-    test_all<double>(Type::f64, values);
-    test_all<float>(Type::f32, values);
-    test_all<float>(Type::bf16, values);
-    test_all<float>(Type::f16, values);
-  }
+  for_batches([](const auto& batch, int repeat, std::mt19937&) {
+    test_nll(batch, repeat % 2 == 0, repeat % 3 == 0);
+    test_entropy(batch);
+  });
   context() = "poison";
   for (double poison : {kNaN, kInf}) {
     for (Values values : {Values::smooth, Values::forbidden, Values::everything_forbidden}) {

@@ -17,8 +17,6 @@ namespace fastseq::testing {
 
 using namespace fastseq::crf;
 
-inline int64_t bytes(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
 enum class Mask { none, right, holes, holes_and_empty };
 
 struct Problem {

@@ -6,13 +6,13 @@
 // With the argument "quick" only some of the cases, for the sanitizers and the planted bugs of mutants.py.
 #include <cstdio>
 #include <cstring>
-#include <exception>
 #include <string>
 #include <type_traits>
 #include <vector>
 
 #include "pointer/cuda/decoder_launch.cuh"
 #include "testing/check.h"
+#include "testing/emulated.h"
 #include "testing/memory.h"
 #include "testing/pointer_decoder_problem.h"
 
@@ -302,11 +302,5 @@ void run_all() {
 
 int main(int argc, char** argv) {
   quick = argc > 1 && std::string(argv[1]) == "quick";
-  try {
-    run_all();
-  } catch (const std::exception& error) {  // of the emulator
-    std::printf("%s: %s\n", context().c_str(), error.what());
-    return 1;
-  }
-  return summary("pointer_cuda_decoder");
+  return run_emulated("pointer_cuda_decoder", run_all);
 }

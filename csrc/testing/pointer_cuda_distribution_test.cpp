@@ -5,12 +5,12 @@
 // A part of the cases a run: which, FASTSEQ_EMULATOR_SEED says. With the argument "quick" far fewer of them,
 // for the sanitizers and the planted bugs of mutants.py.
 #include <cstdio>
-#include <exception>
 #include <string>
 #include <type_traits>
 
 #include "pointer/cuda/distribution.cuh"
 #include "testing/check.h"
+#include "testing/emulated.h"
 #include "testing/pointer_mixture.h"
 
 namespace {
@@ -61,7 +61,7 @@ Output<R> run(const MixtureProblem& p) {
   Output<R> out{Memory<R>(p.B * p.T * p.words()),
                 Memory<R>(p.B * p.T * p.S),
                 Memory<R>(p.B * p.T),
-                Memory<char>(p.B * p.T * p.V * p.bytes()),
+                Memory<char>(p.B * p.T * p.V * bytes(p.type)),
                 {},
                 {}};
   emulator::settings().seed = next_seed();
@@ -164,11 +164,5 @@ void run_all() {
 int main(int argc, char** argv) {
   quick = argc > 1 && std::string(argv[1]) == "quick";
   chosen_part = emulator::settings().seed;
-  try {
-    run_all();
-  } catch (const std::exception& error) {  // of the emulator
-    std::printf("%s: %s\n", context().c_str(), error.what());
-    return 1;
-  }
-  return summary("pointer_cuda_distribution");
+  return run_emulated("pointer_cuda_distribution", run_all);
 }

@@ -37,7 +37,7 @@ Output<R> run(const MixtureProblem& p, const ParallelFor& parallel) {
                                     p.S,
                                     p.oov};
   Output<R> out{Memory<R>(p.B * p.T * p.words()), Memory<R>(p.B * p.T * p.S), Memory<R>(p.B * p.T),
-                Memory<char>(p.B * p.T * p.V * p.bytes())};
+                Memory<char>(p.B * p.T * p.V * bytes(p.type))};
   FASTSEQ_SELECT(pointer_distribution<R>)(mixture, out.final.data(), parallel);
   FASTSEQ_SELECT(pointer_distribution_grad<R>)
   (mixture, grad.data(), p.T * p.grad_t(), p.grad_t(),
@@ -90,7 +90,7 @@ void test_small_powers() {
 
 template <class R>
 void check_topk(const MixtureProblem& p, int64_t k, int64_t begin) {
-  Memory<char> logits((p.B * p.T - begin) * p.V * p.bytes());
+  Memory<char> logits((p.B * p.T - begin) * p.V * bytes(p.type));
   crf::store_row(p.type, logits.data(), 0, (p.B * p.T - begin) * p.V, p.logits.data() + begin * p.V);
   const Memory<R> attention(p.attention), gate(p.gate), bias(std::vector<double>(p.V, 0.25));
   const Memory<int64_t> ids(p.ids);

@@ -39,7 +39,6 @@ struct MixtureProblem : MixtureSize {
   }
 
   int64_t words() const { return V + oov; }
-  int64_t bytes() const { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
   double& logit(int64_t b, int64_t t, int64_t v) { return logits[(b * T + t) * V + v]; }
   int64_t logits_t() const { return V + kPad; }
   int64_t logits_b() const { return T * logits_t() + kPad; }
@@ -48,7 +47,7 @@ struct MixtureProblem : MixtureSize {
   // The logits in memory; what lies between the rows is NaN.
   Memory<char> logits_in_memory() const {
     const int64_t last = B * T > 0 ? (B - 1) * logits_b() + (T - 1) * logits_t() + V : 0;
-    Memory<char> memory(last * bytes());
+    Memory<char> memory(last * bytes(type));
     std::memset(memory.data(), 0xFF, size_t(memory.size()));
     for (int64_t b = 0; b < B; ++b)
       for (int64_t t = 0; t < T; ++t)

@@ -10,7 +10,7 @@
 
 #include "pointer/nll.h"
 #include "testing/check.h"
-#include "testing/crf_problem.h"
+#include "testing/numbers.h"
 #include "testing/threads.h"
 
 namespace {
@@ -91,25 +91,11 @@ double defined_total(const Case& c) {
   return total;
 }
 
-// ---- running the kernels
-// ------------------------------------------------------------------------------------------
+// ---- running the kernels ---------------------------------------------------------------------------------
 
 struct Types {
   Type hidden, weight;
 };
-
-Memory<char> stored(const std::vector<double>& from, Type type) {
-  Memory<char> out(int64_t(from.size()) * bytes(type));
-  crf::store_row(type, out.data(), 0, int64_t(from.size()), from.data());
-  return out;
-}
-
-std::vector<double> loaded(const Memory<char>& from, Type type) {
-  const int64_t n = from.size() / bytes(type);
-  std::vector<double> out(n);
-  crf::load_row({from.data(), type, 1, 1, n, 0, 0}, 0, 0, out.data());
-  return out;
-}
 
 template <class R>
 struct Results {
@@ -180,8 +166,7 @@ void name_case(const std::string& what, const Case& c) {
               (c.smoothing != 0 ? ", smoothing" : "") + (c.z_loss != 0 ? ", z-loss" : "");
 }
 
-// ---- float64 against the definition
-// -------------------------------------------------------------------------------
+// ---- float64 against the definition ----------------------------------------------------------------------
 
 void check_definition(Case c) {
   name_case("definition", c);
@@ -215,18 +200,7 @@ void make_possible(Case& c) {
     if (y >= c.V) y = c.V - 1;
 }
 
-// ---- the other types against float64
-// ------------------------------------------------------------------------------
-
-void check_near(const std::vector<double>& got, const std::vector<double>& want, double tolerance) {
-  double size = 0;
-  for (const double x : want)
-    if (std::isfinite(x)) size = std::max(size, std::fabs(x));
-  for (size_t i = 0; i < want.size(); ++i) {
-    if (std::isfinite(want[i]) && std::fabs(got[i] - want[i]) <= tolerance * size) continue;
-    CHECK_CLOSE(got[i], want[i], tolerance);
-  }
-}
+// ---- the other types against float64 ---------------------------------------------------------------------
 
 template <class R>
 std::vector<double> plain(const Memory<R>& m) {
@@ -244,20 +218,19 @@ void check_types(const Case& c) {
     name_case("types " + std::to_string(int(types.hidden)) + " " + std::to_string(int(types.weight)), c);
     const Results<float> got = run<float>(c, types, serial_for);
     const double rounded = types.hidden == Type::bf16 ? 1e-2 : types.hidden == Type::f16 ? 1e-3 : 5e-6;
-    check_near(plain(got.values), plain(want.values), 3e-6);
-    check_near(plain(got.gate), plain(want.gate), 5e-6);
-    check_near(plain(got.copy), plain(want.copy), 5e-6);
-    check_near(plain(got.bias), plain(want.bias), 5e-6);
-    check_near(loaded(got.hidden, types.hidden), loaded(want.hidden, Type::f64), rounded);
-    check_near(loaded(got.weight, types.weight), loaded(want.weight, Type::f64), rounded);
+    check_near("values", plain(got.values), plain(want.values), 3e-6);
+    check_near("gate", plain(got.gate), plain(want.gate), 5e-6);
+    check_near("copy", plain(got.copy), plain(want.copy), 5e-6);
+    check_near("bias", plain(got.bias), plain(want.bias), 5e-6);
+    check_near("hidden", loaded(got.hidden, types.hidden), loaded(want.hidden, Type::f64), rounded);
+    check_near("weight", loaded(got.weight, types.weight), loaded(want.weight, Type::f64), rounded);
     for (int count : {2, 5}) CHECK(same(got, run<float>(c, types, threads(count))));
   }
   name_case("threads", c);
   CHECK(same(want, run<double>(c, {Type::f64, Type::f64}, threads(3))));
 }
 
-// ---- what may go wrong
-// --------------------------------------------------------------------------------------------
+// ---- what may go wrong -----------------------------------------------------------------------------------
 
 void check_extremes() {
   for (const double gate : {-200., -60., 60., 200.}) {

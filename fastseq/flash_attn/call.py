@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.functional.attention import check_dropout
-from fastseq.functional.checks import INTEGERS, WORKING, expect
+from fastseq.functional.checks import INTEGERS, WORKING, expect, integer, number
 from fastseq.ops.attention import dot_product
 from fastseq.ops.attention.dropout import keep_mask
 
@@ -53,8 +53,8 @@ def attend(
     seed = None
     if dropout:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    scale = q.shape[-1] ** -0.5 if settings.softmax_scale is None else float(settings.softmax_scale)
-    numbers = scale, bool(settings.causal), left, right, max(float(settings.softcap), 0.0), dropout
+    scale = q.shape[-1] ** -0.5 if settings.softmax_scale is None else number("softmax_scale", settings.softmax_scale)
+    numbers = scale, bool(settings.causal), left, right, max(number("softcap", settings.softcap), 0.0), dropout
     packed = bounds is not None
     if packed:
         q, k, v = q[None], k[None], v[None]
@@ -102,8 +102,8 @@ def check_kv(q: Tensor, names: tuple[str, str], k: Tensor, v: Tensor, letters: s
 
 def check_lengths(name: str, lengths: Tensor, letters: str, size: int | None, q: Tensor) -> Tensor:
     """Check a vector of integers, which is then int32; `size` None is any but 0."""
-    some = tuple(lengths.shape[:1]) if isinstance(lengths, Tensor) and lengths.numel() else (1,)
-    expect(name, lengths, letters, some if size is None else (size,), q, INTEGERS, lead="q")
+    some = lengths.shape[0] if isinstance(lengths, Tensor) and lengths.dim() and lengths.numel() else 1
+    expect(name, lengths, letters, (some if size is None else size,), q, INTEGERS, lead="q")
     return lengths.int()
 
 
@@ -111,7 +111,8 @@ def _window(window_size: Any) -> tuple[int, int]:
     """As for the op; flash_attn takes any negative number as no limit."""
     if isinstance(window_size, Tensor) or not isinstance(window_size, Sequence) or len(window_size) != 2:
         raise TypeError(f"window_size: got {window_size!r}, wanted two ints, (left, right)")
-    return max(int(window_size[0]), -1), max(int(window_size[1]), -1)
+    left, right = (max(integer("window_size", x), -1) for x in window_size)
+    return left, right
 
 
 def _slopes(q: Tensor, slopes: Tensor | None, count: int) -> Tensor | None:

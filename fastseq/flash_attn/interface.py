@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fastseq.flash_attn.call import Settings, attend, check_kv, check_lengths, check_q
+from fastseq.functional.checks import INTEGERS, expect, integer
 
 __all__ = [
     "flash_attn_func",
@@ -168,7 +169,7 @@ def flash_attn_varlen_func(
         check_kv(q, ("k", "v"), k, v, "(pages, page_size, Hk, D)", (-1, -1))
         k, v = _from_pages(k, v, cu_seqlens_k, block_table)
     tail = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
-    longest = int(max_seqlen_q), int(max_seqlen_k)
+    longest = integer("max_seqlen_q", max_seqlen_q, 0), integer("max_seqlen_k", max_seqlen_k, 0)
     return attend(q, k, v, Settings(*tail), bounds=(cu_seqlens_q, cu_seqlens_k), longest=longest)
 
 
@@ -230,6 +231,9 @@ def _from_pages(k: Tensor, v: Tensor, cu_seqlens: Tensor, block_table: Tensor) -
     if not isinstance(block_table, Tensor) or block_table.dim() != 2 or len(block_table) != count:
         got = f"shape {tuple(block_table.shape)}" if isinstance(block_table, Tensor) else type(block_table).__name__
         raise ValueError(f"block_table: got {got}, wanted (B, pages of a sequence) with B = {count}")
+    if k.is_meta:
+        raise ValueError("block_table: got one on the meta device, wanted one with values")
+    expect("block_table", block_table, "(B, pages of a sequence)", tuple(block_table.shape), k, INTEGERS, lead="k")
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     room = block_table.shape[1] * size
     if k.device.type == "cpu" and count and int(lengths.max()) > room:

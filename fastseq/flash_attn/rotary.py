@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastseq.functional.checks import no_autocast
+
 __all__ = ["rotate"]
 
 
@@ -27,10 +29,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleave
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t[positions][:, :, None].to(wide) for t in (cos, sin))
     turned, rest = x[..., : 2 * half].to(wide), x[..., 2 * half :]
-    if interleaved:
-        a, b = turned[..., ::2], turned[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-    else:
-        a, b = turned[..., :half], turned[..., half:]
-        turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+    with no_autocast(x):  # which cannot put float16 together on a CPU
+        if interleaved:
+            a, b = turned[..., ::2], turned[..., 1::2]
+            turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+        else:
+            a, b = turned[..., :half], turned[..., half:]
+            turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+        return torch.cat([turned.to(x.dtype), rest], -1)

@@ -7,13 +7,22 @@ Nothing of size Sq*Sk is kept for the backward pass.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastseq.functional.checks import INTEGERS, WORKING, expect
+from fastseq.functional.checks import (
+    INTEGERS,
+    WORKING,
+    autocast_dtype,
+    boundaries,
+    check_generator,
+    expect,
+    integer,
+    longest,
+    number,
+)
 from fastseq.ops.attention import dot_product as ops
 
 __all__ = ["attention"]
@@ -94,11 +103,11 @@ def attention(
     q, k, v = _under_autocast(q, k, v)
     bias, slopes = _bias(attn_bias, q, sequences), _slopes(alibi_slopes, q, sequences)
     lengths = _key_lengths(key_lengths, q, sequences)
-    dropout = check_dropout(dropout_p)
-    seed = None
+    dropout, seed = check_dropout(dropout_p), None
+    check_generator(generator)
     if dropout:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device, generator=generator)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else number("softmax_scale", softmax_scale)
     numbers = scale, bool(causal), *check_window(window_size), _check_softcap(softcap), dropout
     packed = sequences.offsets_q is not None
     q, k, v = (x[None] if packed else x for x in (q, k, v))
@@ -138,16 +147,17 @@ def check_window(window_size: Any) -> tuple[int, int]:
     """Check how many keys are seen to the left and to the right."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size: got {window_size!r}, wanted two ints, (left, right)")
-    left, right = (int(x) for x in window_size)
+    left, right = (integer("window_size", x) for x in window_size)
     if min(left, right) < -1:
         raise ValueError(f"window_size: got {(left, right)}, wanted 0 or more each, or -1 for no limit")
     return left, right
 
 
 def _check_softcap(softcap: float) -> float:
-    if not 0 <= softcap < math.inf:
+    softcap = number("softcap", softcap)
+    if softcap < 0:
         raise ValueError(f"softcap: got {softcap}, wanted 0 for none, or more")
-    return float(softcap)
+    return softcap
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
@@ -157,7 +167,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
         if isinstance(x, Tensor) and (x.dim() != (3 if packed else 4) or 0 in x.shape[-2:]):
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted {letters.rstrip(',')}, H and D at least 1")
         expect(name, x, letters, getattr(x, "shape", ()), q, lead="q")
-        if x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        if x.dtype != q.dtype and autocast_dtype(q) is None:
             raise TypeError(f"{name}: got {_short(x.dtype)}, wanted {_short(q.dtype)}, the dtype of q")
     heads = k.shape[-2]
     if q.shape[-2] % heads:
@@ -180,28 +190,20 @@ def _sequences(
     if offsets_q is None or offsets_k is None:
         missing = "cu_seqlens_q" if offsets_q is None else "cu_seqlens_k"
         raise ValueError(f"{missing}: got None, wanted both cu_seqlens_q and cu_seqlens_k, or none of them")
-    for name, offsets in (("cu_seqlens_q", offsets_q), ("cu_seqlens_k", offsets_k)):
-        size = offsets.shape[0] if isinstance(offsets, Tensor) and offsets.dim() and offsets.numel() else 1
-        expect(name, offsets, "(N + 1,)", (size,), q, INTEGERS, lead="q")
+    offsets_q, offsets_k = boundaries("cu_seqlens_q", offsets_q, q), boundaries("cu_seqlens_k", offsets_k, q)
     if len(offsets_q) != len(offsets_k):
         raise ValueError(f"cu_seqlens_k: got {len(offsets_k) - 1} sequences, wanted {len(offsets_q) - 1}, as in q")
-    offsets_q, offsets_k = offsets_q.int(), offsets_k.int()
-    return _Sequences(offsets_q, offsets_k, _longest(offsets_q, max_q), _longest(offsets_k, max_k), len(offsets_q) - 1)
-
-
-def _longest(offsets: Tensor, given: int | None) -> int:
-    if given is not None:
-        return int(given)
-    return max(int(offsets.diff().max()), 0) if len(offsets) > 1 else 0
+    max_q, max_k = longest("max_seqlen_q", offsets_q, max_q), longest("max_seqlen_k", offsets_k, max_k)
+    return _Sequences(offsets_q, offsets_k, max_q, max_k, len(offsets_q) - 1)
 
 
 def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In autocast's dtype, if that is on; float64 stays."""
     q = tensors[0]
-    if not torch.is_autocast_enabled(q.device.type):
+    dtype = autocast_dtype(q)
+    if dtype is None:
         return tensors
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.get_autocast_dtype(q.device.type)
-    return tuple(x.to(dtype) for x in tensors)
+    return tuple(x.to(q.dtype if q.dtype == torch.float64 else dtype) for x in tensors)
 
 
 def _bias(bias: Tensor | None, q: Tensor, sequences: _Sequences) -> Tensor | None:

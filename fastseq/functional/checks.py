@@ -6,6 +6,9 @@ once.
 
 from __future__ import annotations
 
+import math
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -86,6 +89,78 @@ def at_least_one(name: str, value: int) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, wanted an int")
     if value < 1:
         raise ValueError(f"{name}: got {value}, wanted at least 1")
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether there are values to look at, without waiting for a device or a tracer."""
+    return x.device.type == "cpu" and x.numel() > 0 and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """Check a whole number; a tensor of one is one."""
+    if isinstance(value, Tensor):
+        fits = value.numel() == 1 and value.dtype in INTEGERS and not value.is_meta
+    else:
+        fits = not isinstance(value, bool) and hasattr(type(value), "__index__")
+    if not fits:
+        raise TypeError(f"{name}: got {_what(value)}, wanted an int")
+    number = int(value)
+    if least is not None and number < least:
+        raise ValueError(f"{name}: got {number}, wanted at least {least}")
+    return number
+
+
+def number(name: str, value: Any) -> float:
+    """Check a finite number; a tensor of one is one."""
+    if isinstance(value, Tensor):
+        fits = value.numel() == 1 and value.dtype in (*WORKING, *INTEGERS) and not value.is_meta
+    else:
+        fits = not isinstance(value, bool) and (hasattr(type(value), "__float__") or hasattr(type(value), "__index__"))
+    if not fits:
+        raise TypeError(f"{name}: got {_what(value)}, wanted a number")
+    result = float(value)
+    if not math.isfinite(result):
+        raise ValueError(f"{name}: got {result}, wanted a finite number")
+    return result
+
+
+def boundaries(name: str, offsets: Any, x: Tensor) -> Tensor:
+    """Check the (N+1,) boundaries of packed sequences where q is, as int32."""
+    size = offsets.shape[0] if isinstance(offsets, Tensor) and offsets.dim() and offsets.numel() else 1
+    expect(name, offsets, "(N + 1,)", (size,), x, INTEGERS, lead="q")
+    return cast(Tensor, offsets.int())
+
+
+def longest(name: str, offsets: Tensor, given: Any) -> int:
+    """The longest packed sequence: what was given, or else what checked boundaries say, for which a GPU is waited."""
+    if given is not None:
+        return integer(name, given, 0)
+    if offsets.is_meta:
+        raise ValueError(f"{name}: got None, wanted a number: boundaries on the meta device have no values")
+    return max(int((offsets[1:] - offsets[:-1]).max()), 0) if len(offsets) > 1 else 0
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {_short(value.dtype)} tensor of shape {tuple(value.shape)} on {value.device}"
+    return type(value).__name__
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Check where random numbers come from."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, wanted a torch.Generator or None")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype where x is; None where it is off, or not known, as for meta tensors."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A context in which autocast leaves alone what is on x's device."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def expect(

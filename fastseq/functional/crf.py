@@ -18,7 +18,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastseq.functional.checks import OFF, Model, at_least_one, check_model, check_tags, expect, is_partial
+from fastseq.functional.checks import (
+    OFF,
+    Model,
+    at_least_one,
+    check_generator,
+    check_model,
+    check_tags,
+    expect,
+    is_partial,
+)
 from fastseq.ops import crf as ops
 
 REDUCTIONS = ("none", "sum", "mean", "token_mean")
@@ -307,6 +316,7 @@ def crf_sample(
     Source: forward filtering, backward sampling; Scott 2002.
     """
     at_least_one("num_samples", num_samples)
+    check_generator(generator)
     emissions, mask, transitions, start, end = check_model(emissions, transitions, start, end, mask)
     shape = (num_samples, *emissions.shape[:2])
     uniforms = torch.rand(shape, generator=generator, device=emissions.device, dtype=transitions.dtype)

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from fastseq.functional.attention import check_dropout
-from fastseq.functional.checks import INTEGERS, WORKING, expect
+from fastseq.functional.checks import (
+    INTEGERS,
+    WORKING,
+    autocast_dtype,
+    boundaries,
+    check_generator,
+    expect,
+    integer,
+    longest,
+    number,
+)
 from fastseq.ops.attention import disentangled as ops
 
 __all__ = ["disentangled_attention", "relative_slots"]
@@ -79,18 +89,19 @@ def disentangled_attention(
         wanted = "(B, S, H, D)" if dense else "(total, H, D), with cu_seqlens"
         raise ValueError(f"q: got shape {tuple(q.shape)}, wanted {wanted}")
     lengths, cu_seqlens = _check_lengths(q, lengths, cu_seqlens)
-    longest = q.shape[1] if cu_seqlens is None else _longest(cu_seqlens, max_seqlen)
+    most = q.shape[1] if cu_seqlens is None else longest("max_seqlen", cu_seqlens, max_seqlen)
     terms = 1 + (pos_key is not None) + (pos_query is not None)
     if terms == 1:
-        slots = torch.zeros(max(2 * longest - 1, 1), dtype=torch.int32, device=q.device)
+        slots = torch.zeros(max(2 * most - 1, 1), dtype=torch.int32, device=q.device)
     else:
-        slots = _check_slots(q, pos_key, pos_query, slots, longest, position_buckets, max_position)
+        slots = _check_slots(q, pos_key, pos_query, slots, most, position_buckets, max_position)
     dropout, seed = check_dropout(dropout_p), None
+    check_generator(generator)
     if dropout:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device, generator=generator)
-    scale = (q.shape[-1] * terms) ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = (q.shape[-1] * terms) ** -0.5 if softmax_scale is None else number("softmax_scale", softmax_scale)
     q, k, v = (x if dense else x[None] for x in (q, k, v))
-    args = q, k, v, pos_key, pos_query, slots, cu_seqlens, lengths, seed, longest, scale, dropout
+    args = q, k, v, pos_key, pos_query, slots, cu_seqlens, lengths, seed, most, scale, dropout
     out = cast(Tensor, ops.attend(*args)[0])
     return out if dense else out[0]
 
@@ -123,6 +134,8 @@ def relative_slots(
 
     Source: He, Gao, Chen 2023 (DeBERTaV3, arXiv 2111.09543); the function is that of the authors' code.
     """
+    length, position_buckets = integer("length", length, 0), integer("position_buckets", position_buckets)
+    max_position, device = integer("max_position", max_position), _device(device)
     if position_buckets == 1:
         raise ValueError("position_buckets: got 1, wanted at least 2, or less than 1 for none")
     least = 1 if position_buckets < 1 else position_buckets // 2 + 2
@@ -131,6 +144,13 @@ def relative_slots(
     reach = max(SHORTEST, 1 << max(length - 1, 0).bit_length())
     span = position_buckets if position_buckets > 0 else max_position
     return _kept_slots(reach, max(position_buckets, 0), max_position, str(device)), 2 * span
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"device: got {device!r}, wanted a torch.device or its name") from None
 
 
 def _kept_slots(reach: int, buckets: int, max_position: int, device: str) -> Tensor:
@@ -163,7 +183,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor | None, pos_query: T
     expect("q", q, "(B, S, H, D)", getattr(q, "shape", ()), q)
     if q.dim() not in (3, 4):
         raise ValueError(f"q: got shape {tuple(q.shape)}, wanted (B, S, H, D) or (total, H, D)")
-    dtypes = tuple(WORKING) if torch.is_autocast_enabled(q.device.type) else (q.dtype,)
+    dtypes = tuple(WORKING) if autocast_dtype(q) is not None else (q.dtype,)
     for name, x in (("k", k), ("v", v)):
         expect(name, x, "that of q", q.shape, q, dtypes, lead="q")
     for name, table in (("pos_key", pos_key), ("pos_query", pos_query)):
@@ -177,9 +197,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor | None, pos_query: T
 def _under_autocast(*tensors: Any) -> list[Any]:
     """In autocast's dtype, if that is on; float64 stays."""
     q = tensors[0]
-    if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
+    dtype = autocast_dtype(q)
+    if dtype is None or q.dtype == torch.float64:
         return list(tensors)
-    dtype = torch.get_autocast_dtype(q.device.type)
     return [None if x is None else x.to(dtype) for x in tensors]
 
 
@@ -191,15 +211,7 @@ def _check_lengths(q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None)
         return None if lengths is None else lengths.int(), None
     if lengths is not None:
         raise ValueError("lengths: got both lengths and cu_seqlens, wanted one: packed sequences are whole")
-    some = tuple(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) and cu_seqlens.numel() else (1,)
-    expect("cu_seqlens", cu_seqlens, "(N + 1,)", some[:1], q, INTEGERS, lead="q")
-    return None, cu_seqlens.int()
-
-
-def _longest(cu_seqlens: Tensor, max_seqlen: int | None) -> int:
-    if max_seqlen is not None:
-        return int(max_seqlen)
-    return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if len(cu_seqlens) > 1 else 0
+    return None, boundaries("cu_seqlens", cu_seqlens, q)
 
 
 def _check_slots(
@@ -207,7 +219,7 @@ def _check_slots(
     pos_key: Tensor | None,
     pos_query: Tensor | None,
     slots: Tensor | None,
-    longest: int,
+    most: int,
     position_buckets: int,
     max_position: int | None,
 ) -> Tensor:
@@ -216,16 +228,16 @@ def _check_slots(
         if max_position is None:
             raise ValueError("slots: got neither slots nor max_position, wanted one, to say which slot a distance has")
         slots, count = relative_slots(
-            longest, position_buckets=position_buckets, max_position=max_position, device=q.device
+            most, position_buckets=position_buckets, max_position=max_position, device=q.device
         )
         if len(table) < count:
             raise ValueError(f"{name}: got {len(table)} slots, wanted {count}, of which the distances have theirs")
         return slots
     count = slots.shape[0] if isinstance(slots, Tensor) and slots.dim() else -1
     expect("slots", slots, "(2M - 1,)", (count,), q, INTEGERS, lead="q")
-    if count % 2 == 0 or count < 2 * longest - 1:
-        least = max(2 * longest - 1, 1)
-        raise ValueError(f"slots: got {count} slots, wanted an odd number, at least {least}, for {longest} positions")
+    if count % 2 == 0 or count < 2 * most - 1:
+        least = max(2 * most - 1, 1)
+        raise ValueError(f"slots: got {count} slots, wanted an odd number, at least {least}, for {most} positions")
     if slots.device.type == "cpu" and not torch.compiler.is_compiling() and type(slots) is Tensor:
         lowest, highest, falls = int(slots.min()), int(slots.max()), bool((slots[1:] < slots[:-1]).any())
         if lowest < 0 or highest >= len(table) or falls:

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastseq.functional.checks import INTEGERS, WORKING, expect
+from fastseq.functional.checks import INTEGERS, WORKING, autocast_dtype, expect, integer, number
 from fastseq.ops.pointer import nll as ops
 
 __all__ = ["copynet_nll", "pointer_generator_nll"]
@@ -76,11 +76,12 @@ def pointer_generator_nll(
 
     Source: See, Liu, Manning 2017, section 2.2. z-loss: de Brebisson & Vincent 2016; Chowdhery et al. 2022, section 5.
     """
-    for name, number, below in (("label_smoothing", label_smoothing, 1.0), ("z_loss", z_loss, float("inf"))):
-        if not 0 <= number < below:
-            raise ValueError(f"{name}: got {number}, wanted at least 0 and less than {below:g}")
+    label_smoothing, z_loss = number("label_smoothing", label_smoothing), number("z_loss", z_loss)
+    for name, value, below in (("label_smoothing", label_smoothing, 1.0), ("z_loss", z_loss, float("inf"))):
+        if not 0 <= value < below:
+            raise ValueError(f"{name}: got {value}, wanted at least 0 and less than {below:g}")
     args = _check(hidden, weight, bias, ("attention", attention), gate, source_ids, target_ids)
-    return _reduced(reduction, *args, ignore_index, float(label_smoothing), float(z_loss))
+    return _reduced(reduction, *args, integer("ignore_index", ignore_index), label_smoothing, z_loss)
 
 
 def copynet_nll(
@@ -125,7 +126,7 @@ def copynet_nll(
     Source: Gu et al. 2016, section 3.2.
     """
     args = _check(hidden, weight, bias, ("copy_scores", copy_scores), None, source_ids, target_ids)
-    return _reduced(reduction, *args, ignore_index, 0.0, 0.0)
+    return _reduced(reduction, *args, integer("ignore_index", ignore_index), 0.0, 0.0)
 
 
 def _reduced(reduction: str, *args: Any) -> Tensor:
@@ -171,8 +172,8 @@ def _check(
     expect("target_ids", target_ids, "(B, T), batch first,", (b, t), hidden, INTEGERS, lead="hidden")
     if any(x.dtype == torch.float64 for x in (hidden, *(f[1] for f in floats))):
         hidden = hidden.double()
-    elif torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    elif (dtype := autocast_dtype(hidden)) is not None:
+        hidden = hidden.to(dtype)
     result = WORKING[hidden.dtype]
     weight = weight if weight.dtype == hidden.dtype else weight.to(result)
     bias, gate = (None if x is None else x.to(result) for x in (bias, gate))

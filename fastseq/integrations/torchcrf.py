@@ -57,6 +57,9 @@ class CRF(nn.CRF):
 
     def _validate(self, emissions: Tensor, tags: Tensor | None, mask: Tensor | None) -> None:
         """pytorch-crf's checks, in its order and its words."""
+        for name, x in (("emissions", emissions), ("tags", tags), ("mask", mask)):
+            if not isinstance(x, Tensor) and (x is not None or name == "emissions"):
+                raise TypeError(f"{name}: got {type(x).__name__}, wanted a tensor")
         if emissions.dim() != 3:
             raise ValueError(f"emissions must have dimension of 3, got {emissions.dim()}")
         if emissions.size(2) != self.num_tags:
@@ -68,5 +71,5 @@ class CRF(nn.CRF):
                 raise ValueError(
                     f"the first two dimensions of emissions and {name} must match, got {leading} and {tuple(x.shape)}"
                 )
-        if mask is not None and not (mask[:, 0] if self.batch_first else mask[0]).all():
+        if mask is not None and not mask.is_meta and not (mask[:, 0] if self.batch_first else mask[0]).all():
             raise ValueError("mask of the first timestep must all be on")

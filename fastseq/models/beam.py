@@ -66,6 +66,13 @@ class Settings:
     early_stopping: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("beam_size", "max_steps", "min_steps", "no_repeat_ngram"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name}: an int is wanted, got {getattr(self, name)!r}")
+        if isinstance(self.length_penalty, bool) or not isinstance(self.length_penalty, (int, float)):
+            raise TypeError(f"length_penalty: a number is wanted, got {self.length_penalty!r}")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty: a finite number is wanted, got {self.length_penalty}")
         for name in ("beam_size", "max_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: at least 1 is wanted, got {getattr(self, name)}")

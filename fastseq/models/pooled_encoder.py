@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseq
+from fastseq.models.checks import check_ids, check_mask
 
 Pooling = Literal["mean", "first"]
 
@@ -40,13 +41,28 @@ class PooledEncoder(nn.Module):
         """H."""
         return cast(int, self.encoder.config.hidden_size)  # DistilBERT's dim has this name too
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Its layers of attention and feed-forward network, one after another."""
+        lists = (module for module in self.encoder.modules() if isinstance(module, nn.ModuleList))
+        return max(lists, key=len)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The vector of each text, (B,H) float32.
 
         Args:
             input_ids: (B,S) int64, right-padded.
             attention_mask: (B,S), 1 where a token exists.
+
+        Raises:
+            ValueError: A shape, a device or (on a CPU) an id is not as above.
+            TypeError: A type or dtype is not as above.
         """
+        words = self.encoder.get_input_embeddings().weight
+        check_ids("input_ids", input_ids, "(B, S)", (-1, -1), words, 0, len(words))
+        check_mask("attention_mask", attention_mask, "(B, S)", tuple(input_ids.shape), input_ids)
+        if not input_ids.numel():
+            raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, wanted at least one token")
         states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if self.pooling == "first":
             return states[:, 0].float()

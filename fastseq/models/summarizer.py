@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastseq import functional
 from fastseq.models.beam import Found, Search, Settings
 from fastseq.models.bilstm import BiLSTM, mask_of
+from fastseq.models.checks import check_ids
 
 PAD, UNK, START, STOP = range(4)
 """The vocabulary's first ids: padding, a word that it lacks, and what begins and ends a summary."""
@@ -23,6 +24,9 @@ IGNORE = -100
 
 ABSENT = -1
 """The extended id of a source position that does not exist."""
+
+MANY = 1 << 62
+"""More than any extended id."""
 
 ALWAYS_GENERATE = 1e4  # a gate whose sigmoid is 1 in every float type
 
@@ -104,6 +108,7 @@ class PointerGeneratorSummarizer(nn.Module):
         self.reduce_hidden = nn.Linear(2 * hidden_size, hidden_size)
         self.reduce_cell = nn.Linear(2 * hidden_size, hidden_size)
         self.decoder = PointerGeneratorDecoder(vocab_size, embedding_dim, hidden_size, 2 * hidden_size, coverage)
+        self.decoder.gate.requires_grad_(copy)  # else it gets no gradient, for which DDP would wait
 
     def encode(self, source_ids: Tensor, source_lengths: Tensor) -> Memory:
         """Reads the sources.
@@ -111,8 +116,16 @@ class PointerGeneratorSummarizer(nn.Module):
         Args:
             source_ids: (B,S) int64 ids below V, right-padded with PAD.
             source_lengths: (B,) int64 real tokens of each row.
+
+        Raises:
+            ValueError: A shape, a device or (on a CPU) an id is not as above.
+            TypeError: A type or dtype is not as above.
         """
-        steps = source_ids.shape[1]
+        check_ids("source_ids", source_ids, "(B, S)", (-1, -1), self.embedding.weight, 0, self.vocab_size)
+        rows, steps = source_ids.shape
+        if not rows * steps:
+            raise ValueError(f"source_ids: got shape {(rows, steps)}, wanted at least one token")
+        check_ids("source_lengths", source_lengths, "(B,)", (rows,), source_ids, 0, steps + 1)
         embedded = self.dropout(self.embedding(source_ids))
         states = self._encoded(embedded, source_lengths).to(self.embedding.weight.dtype)
         # What the encoder has read last: ahead at the end of the source, back at its beginning.
@@ -153,8 +166,16 @@ class PointerGeneratorSummarizer(nn.Module):
 
         Returns:
             A scalar, in nats a word.
+
+        Raises:
+            ValueError: A shape, a device or (on a CPU) an id is not as above.
+            TypeError: A type or dtype is not as above.
         """
         memory = self.encode(source_ids, source_lengths)
+        rows, words = len(source_ids), self.vocab_size
+        check_ids("source_extended", source_extended, "(B, S)", tuple(source_ids.shape), source_ids, ABSENT, MANY)
+        check_ids("target_inputs", target_inputs, "(B, T)", (rows, -1), source_ids, 0, words)
+        check_ids("targets", targets, "(B, T)", tuple(target_inputs.shape), source_ids, 0, MANY, IGNORE)
         embedded = self.dropout(self.embedding(target_inputs))
         out = self.decoder(embedded, memory.states, memory.mask, memory.first)
         if not self.copy:
@@ -219,10 +240,12 @@ class PointerGeneratorSummarizer(nn.Module):
             The summaries.
 
         Raises:
-            ValueError: a setting is out of range.
+            ValueError: A shape, a device, an id or a setting is not as above.
+            TypeError: A type or dtype is not as above.
         """
         limits = (beam_size, max_steps, min_steps, length_penalty, no_repeat_ngram, early_stopping)
         settings = Settings(START, STOP, (PAD, UNK, START), *limits)
+        check_ids("source_extended", source_extended, "(B, S)", tuple(source_ids.shape), source_ids, ABSENT, MANY)
         decoding = _Decoding(self, self.encode(source_ids, source_lengths), source_extended, return_attention)
         found = Search(decoding, len(source_ids), settings, source_ids.device).run()
         rows = zip(found.words.tolist(), found.lengths.tolist(), strict=True)

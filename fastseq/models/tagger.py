@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.models.bilstm import BiLSTM, mask_of
+from fastseq.models.checks import check_floats, check_ids, check_mask
 
 PAD = 0
 """The id of padding in every id column, and the only id whose embedding stays zero."""
@@ -31,17 +32,35 @@ class SoftmaxDecoder(nn.Module):
             tags: (B,T) int64; positions off in the mask are not read.
             mask: (B,T) bool, on where a token exists.
             reduction: "sum", or "mean" over sentences, as the CRF counts.
+
+        Raises:
+            ValueError: A shape, a device or (on a CPU) an id is not as above.
+            TypeError: A type or dtype is not as above.
         """
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction: 'sum' or 'mean' is wanted, got {reduction!r}")
+        _check_scores(emissions, mask)
+        check_ids("tags", tags, "(B, T)", tuple(mask.shape), emissions, 0, emissions.shape[2], IGNORE)
         target = tags.masked_fill(~mask, IGNORE).flatten()
         total = -nn.functional.cross_entropy(
             emissions.float().flatten(0, 1), target, ignore_index=IGNORE, reduction="sum"
         )
-        return total / tags.shape[0] if reduction == "mean" else total
+        return total / max(tags.shape[0], 1) if reduction == "mean" else total
 
     def viterbi(self, emissions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The best tag of each position: (B,T) with -100 where masked, and the summed scores (B,)."""
+        _check_scores(emissions, mask)
         scores, tags = emissions.float().log_softmax(-1).max(-1)
         return tags.masked_fill(~mask, IGNORE), (scores * mask).sum(1)
+
+
+def _check_scores(emissions: Tensor, mask: Tensor) -> None:
+    check_floats("emissions", emissions, "(B, T, K)", (-1, -1, -1), emissions)
+    if not emissions.shape[2]:
+        raise ValueError("emissions: got no tags, wanted K at least 1")
+    check_mask("mask", mask, "(B, T)", tuple(emissions.shape[:2]), emissions)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: got {mask.dtype}, wanted bool")
 
 
 class Tagger(nn.Module):
@@ -108,13 +127,23 @@ class Tagger(nn.Module):
         Args:
             tokens: (B,T,F) int64 ids, or (B,T) where a token has one column; right-padded with 0.
             lengths: (B,) int64 real tokens of each row.
+
+        Raises:
+            ValueError: A shape, a device or (on a CPU) an id is not as above.
+            TypeError: A type or dtype is not as above.
         """
-        columns = tokens.unbind(-1) if tokens.dim() == 3 else (tokens,)
+        columns = tokens.unbind(-1) if isinstance(tokens, Tensor) and tokens.dim() == 3 else (tokens,)
         if len(columns) != len(self.embeddings):
             raise ValueError(
                 f"tokens: shape (B,T,{len(self.embeddings)}) is wanted, one id for each embedding table, "
-                f"got {tuple(tokens.shape)}"
+                f"got {tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__}"
             )
+        for table, ids in zip(self.embeddings, columns, strict=True):
+            weight = cast(nn.Embedding, table).weight
+            check_ids("tokens", ids, "(B, T) of each column", (-1, -1), weight, 0, len(weight))
+        if not tokens.shape[1]:
+            raise ValueError("tokens: no positions, at least one is wanted")
+        check_ids("lengths", lengths, "(B,)", tuple(tokens.shape[:1]), tokens, 0, tokens.shape[1] + 1)
         embedded = torch.cat([table(ids) for table, ids in zip(self.embeddings, columns, strict=True)], -1)
         hidden = self.lstm(self.dropout(embedded), lengths)
         scores: Tensor = self.output(self.dropout(hidden))
@@ -130,10 +159,15 @@ class Tagger(nn.Module):
 
         Returns:
             A scalar; (B,T,K) emissions where tags is None.
+
+        Raises:
+            ValueError: A shape, a device or (on a CPU) an id is not as above.
+            TypeError: A type or dtype is not as above.
         """
         emissions = self.emissions(tokens, lengths)
         if tags is None:
             return emissions
+        check_ids("tags", tags, "(B, T)", tuple(tokens.shape[:2]), tokens, 0, emissions.shape[2], IGNORE)
         loss: Tensor = -self.decoder(emissions, tags, mask_of(lengths, tokens.shape[1]), reduction="mean")
         return loss
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastseq.models.checks import check_ids
 from fastseq.models.pooled_encoder import PooledEncoder, Pooling
 
 
@@ -64,15 +65,20 @@ class TextClassifier(nn.Module):
         Args:
             input_ids: (B,S) int64, right-padded.
             attention_mask: (B,S), 1 where a token exists.
-            labels: (B,) int64, -100 where there is none, or None.
+            labels: (B,) int64, -100 where there is none, or None. The mean over no label is NaN.
 
         Returns:
             A scalar; (B,K) logits where labels is None.
+
+        Raises:
+            ValueError: A shape, a device or (on a CPU) an id is not as above.
+            TypeError: A type or dtype is not as above.
         """
         logits = self.logits(input_ids, attention_mask)
         if labels is None:
             return logits
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        check_ids("labels", labels, "(B,)", (len(logits),), logits, 0, logits.shape[1], -100)
+        return F.cross_entropy(logits, labels.long(), label_smoothing=self.label_smoothing)
 
     @torch.no_grad()
     def predict(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

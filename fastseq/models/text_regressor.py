@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastseq.models.checks import check_floats, check_ids
 from fastseq.models.pooled_encoder import PooledEncoder, Pooling
 
 Loss = Literal["smape", "l1", "huber"]
@@ -95,7 +96,7 @@ class TextRegressor(nn.Module):
             nn.GELU(),
             nn.Linear(hidden_size // 2, 1),
         )
-        self.loss, self.bag_dropout = loss, bag_dropout
+        self.loss, self.bag_dropout, self.numeric, self.bags_of_a_row = loss, bag_dropout, numeric, bags
         self.register_buffer("center", torch.tensor(center))
         self.register_buffer("scale", torch.tensor(scale))
 
@@ -118,6 +119,7 @@ class TextRegressor(nn.Module):
             bag_ids: (total,) int64, the values of row 0's M bags, of row 1's and so on.
             bag_offsets: (B*M+1,) int64, where each bag begins, and the total.
         """
+        self._check(numeric, categories, bag_ids, bag_offsets)
         parts = [numeric]
         if self.text is not None:
             parts.append(self.text(input_ids, attention_mask))
@@ -128,6 +130,18 @@ class TextRegressor(nn.Module):
         parts += [table(bag_ids, bag_offsets).view(len(numeric), -1) for table in self.bags]
         outputs: Tensor = self.output(torch.cat([part.float() for part in parts], 1)).squeeze(1)
         return outputs.float() * self.scale + self.center  # type: ignore[operator]
+
+    def _check(self, numeric: Tensor, categories: Tensor, bag_ids: Tensor, bag_offsets: Tensor) -> None:
+        check_floats("numeric", numeric, "(B, N)", (-1, self.numeric), self.center)  # type: ignore[arg-type]
+        rows, tables = len(numeric), [cast(nn.Embedding, table).num_embeddings for table in self.categories]
+        check_ids("categories", categories, "(B, C)", (rows, len(tables)), numeric, 0, max(tables, default=1))
+        for ids, size in zip(categories.unbind(1), tables, strict=True):
+            check_ids("categories", ids, "(B,)", (rows,), numeric, 0, size)
+        for table in self.bags:
+            check_ids("bag_ids", bag_ids, "(total,)", (-1,), numeric, 0, cast(nn.EmbeddingBag, table).num_embeddings)
+            count, total = rows * self.bags_of_a_row + 1, len(bag_ids)
+            check_ids("bag_offsets", bag_offsets, "(B*M+1,)", (count,), numeric, 0, total + 1)
+            check_ids("bag_offsets", bag_offsets[:1], "(B*M+1,)", (1,), numeric, 0, 1)
 
     def forward(
         self,
@@ -152,10 +166,15 @@ class TextRegressor(nn.Module):
 
         Returns:
             A scalar; (B,) logarithms where targets is None.
+
+        Raises:
+            ValueError: A shape, a device or (on a CPU) an id is not as above.
+            TypeError: A type or dtype is not as above.
         """
         predicted = self.logarithms(input_ids, attention_mask, numeric, categories, bag_ids, bag_offsets)
         if targets is None:
             return predicted
+        check_floats("targets", targets, "(B,)", tuple(predicted.shape), predicted)
         if self.loss == "l1":
             return F.l1_loss(predicted, targets)
         return F.huber_loss(predicted, targets) if self.loss == "huber" else smape_loss(predicted, targets)

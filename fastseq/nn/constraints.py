@@ -55,11 +55,14 @@ def tag_constraints(labels: Sequence[str], scheme: str = "BIO") -> tuple[Tensor,
 
     Raises:
         ValueError: The scheme is unknown, there is no label, or the scheme does not know a label.
+        TypeError: The labels are not strings.
 
     Source: Ramshaw & Marcus 1995 (IOB1); Tjong Kim Sang & Veenstra 1999 (BIO); Ratinov & Roth 2009 (BILOU).
     """
-    if scheme not in _SCHEMES:
+    if not isinstance(scheme, str) or scheme not in _SCHEMES:
         raise ValueError(f"scheme: got {scheme!r}, wanted one of {', '.join(_SCHEMES)}")
+    if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"labels: got {labels!r}, wanted a list of strings")
     if not labels:
         raise ValueError("labels: got none, wanted at least one")
     rules = _SCHEMES[scheme]

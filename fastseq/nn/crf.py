@@ -57,6 +57,8 @@ class CRF(nn.Module):
         allowed_start: Tensor | None = None,
         allowed_end: Tensor | None = None,
     ) -> None:
+        if isinstance(num_tags, bool) or not isinstance(num_tags, int):
+            raise TypeError(f"num_tags: got {type(num_tags).__name__}, wanted an int")
         if num_tags <= 0:
             raise ValueError(f"invalid number of tags: {num_tags}")  # pytorch-crf's words
         super().__init__()
@@ -243,6 +245,8 @@ class CRF(nn.Module):
                     raise TypeError(f"{name}: got {what}, wanted a bool tensor")
                 if allowed.shape != shape:
                     raise ValueError(f"{name}: got shape {tuple(allowed.shape)}, wanted {shape} for {k} tags")
+                if allowed.is_meta and not self.transitions.is_meta:
+                    raise ValueError(f"{name}: got a tensor on the meta device, wanted one with values")
                 allowed = allowed.to(self.transitions.device)
             self.register_buffer(name, allowed, persistent=False)
 

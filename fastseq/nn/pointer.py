@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastseq.functional.checks import INTEGERS, at_least_one, autocast_dtype, expect
 from fastseq.nn.parts import linear_of_parts
 from fastseq.ops.pointer.decoder import decoder as decode
 
@@ -88,8 +89,9 @@ class PointerGeneratorDecoder(nn.Module):
             "memory_size": memory_size,
         }
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: got {size}, wanted at least 1")
+            at_least_one(name, size)
+        if embedding is not None and not isinstance(embedding, nn.Embedding):
+            raise TypeError(f"embedding: got {type(embedding).__name__}, wanted an nn.Embedding or None")
         if embedding is not None and embedding.embedding_dim != embedding_dim:
             raise ValueError(f"embedding: got vectors of {embedding.embedding_dim}, wanted {embedding_dim}")
         self.embedding = embedding
@@ -132,7 +134,12 @@ class PointerGeneratorDecoder(nn.Module):
 
         Returns:
             (B,S,A), float64 if the parameters are, else float32.
+
+        Raises:
+            ValueError: A shape or a device is not as above.
+            TypeError: A type or dtype is not as above.
         """
+        _expect("memory", memory, "(B, S, M)", (None, None, self.score.shape[0]), self.score)
         weight = self.memory_projection.weight
         return self.memory_projection(memory.to(weight.dtype)).to(self._working())  # type: ignore[no-any-return]
 
@@ -225,9 +232,8 @@ class PointerGeneratorDecoder(nn.Module):
 
     def _combined(self, *parts: Tensor) -> Tensor:
         """(B,T,H), in the precision of the parameters, or that of autocast."""
-        device, combine = parts[0].device.type, self.combine
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else combine.weight.dtype
+        combine = self.combine
+        dtype = autocast_dtype(parts[0]) or combine.weight.dtype
         return linear_of_parts(combine.weight.to(dtype), combine.bias.to(dtype), *(part.to(dtype) for part in parts))
 
     def _first(self, state: Sequence[Tensor] | None, embedded: Tensor, memory: Tensor) -> State:
@@ -242,10 +248,15 @@ class PointerGeneratorDecoder(nn.Module):
 
     def _embedded(self, words: Tensor, dims: int) -> Tensor:
         """Embeddings with so many dimensions, from those or from ids."""
-        if isinstance(words, Tensor) and not words.is_floating_point():
+        if isinstance(words, Tensor) and words.dtype in INTEGERS:
             if self.embedding is None:
                 raise TypeError(f"target_embeddings: got {words.dtype}, wanted embeddings: there is no embedding here")
-            words = self.embedding(words)
+            table = self.embedding.weight
+            expect("target_embeddings", words, "(B, T) or (B,)", tuple(words.shape), table, INTEGERS, lead="the table")
+            try:
+                words = self.embedding(words.long())
+            except IndexError:
+                raise ValueError(f"target_embeddings: got an id that is not in [0, {len(table)})") from None
         size, letters = self.lstm.input_size, "(B, T, E)" if dims == 3 else "(B, E)"
         _expect("target_embeddings", words, letters, (None,) * (dims - 1) + (size,), self.score)
         return words
@@ -270,6 +281,8 @@ class PointerGeneratorDecoder(nn.Module):
             _expect("features", features, "(B, S, A)", (sources, positions, size), embedded)
         if state is None:
             return
+        if not isinstance(state, (tuple, list)):
+            raise TypeError(f"state: got {type(state).__name__}, wanted a tuple of tensors")
         if len(state) not in (2, 4):
             raise ValueError(f"state: got {len(state)} tensors, wanted hidden, cell and maybe context, coverage")
         wanted = {

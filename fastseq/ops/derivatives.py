@@ -34,6 +34,8 @@ def pull_back(
         leaves[i] = tensor.view_as(tensor) if again and tensor.requires_grad else tensor.detach().requires_grad_()
     with torch.enable_grad():
         output = differentiable(*leaves)
+        if not output.requires_grad:  # it depends on none of them, such as a sum over no rows
+            return (None,) * len(leaves)
         wanted = [leaf for i in floats if (leaf := leaves[i]) is not None]
         found = torch.autograd.grad(output, wanted, grad, create_graph=again, allow_unused=True)
     gradients: list[Tensor | None] = [None] * len(leaves)

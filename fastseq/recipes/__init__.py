@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from torch import nn
+
 from fastseq.recipes.config import RecipeConfig
 from fastseq.recipes.errors import RecipeError
 from fastseq.recipes.task import Task
 
-RECIPES = {name: f"fastseq.recipes.{name}" for name in ("tagger", "summarizer", "classifier", "regressor")}
+RECIPES = {name: f"fastseq.recipes.{name}" for name in ("tagger", "summarizer", "classifier", "image", "regressor")}
 """Every recipe by name, and the package that implements it."""
 
 
@@ -29,6 +31,10 @@ class Recipe(Protocol):
 
     def predict(self, path: Path, lines: Iterable[str], as_json: bool = False) -> Iterator[str]:
         """The output for each line, with the checkpoint or run directory at `path`."""
+        ...
+
+    def plain(self, config: Any, task: Task) -> nn.Module:
+        """The task's model as it is usually written, with the same weights: what fastseq is compared with."""
         ...
 
     def compare(self, config: Any, sentences: int) -> dict[str, Any]:

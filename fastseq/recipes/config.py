@@ -32,6 +32,7 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 32
     buckets: bool = True
     accumulate: PositiveInt = 1
+    find_batch_size: bool = False
     fraction: Fraction = 1.0
     lr: Positive = 1e-3
     encoder_lr: Positive | None = None
@@ -44,13 +45,20 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     tf32: bool | None = None
     gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    cudnn_benchmark: bool | None = None
     eval_every: PositiveInt | None = None
     eval_batch_size: PositiveInt = 128
     max_eval_batches: PositiveInt | None = None
     save_every: PositiveInt | None = 500
     patience: PositiveInt | None = None
     workers: NonNegativeInt | None = None
+    pin_memory: bool | None = None
+    persistent_workers: bool = True
+    prefetch: PositiveInt = 4
     device: Literal["auto", "cpu"] = "auto"
+    fsdp: bool = False
     threads: PositiveInt | None = None
     tensorboard: bool = True
     progress: bool = True
@@ -76,8 +84,12 @@ class RecipeConfig(Section):
         return {**values, "run_dir": Path(folder).with_name(name)}
 
 
-NOT_THE_RESULT: dict[str, Any] = {"run_dir": True, "run_name": True, "train": {"tensorboard", "progress"}}
-"""What may differ between a run and its resumption: nothing that reaches the weights."""
+NOT_THE_RESULT: dict[str, Any] = {
+    "run_dir": True,
+    "run_name": True,
+    "train": {"tensorboard", "progress", "workers", "pin_memory", "persistent_workers", "prefetch", "fsdp"},
+}
+"""What may differ between a run and its resumption: nothing that reaches the weights by more than rounding."""
 
 ConfigT = TypeVar("ConfigT", bound=RecipeConfig)
 

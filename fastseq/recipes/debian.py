@@ -1,4 +1,4 @@
-"""Data made of Debian's index of packages, by apt-get: no root, and nothing of the system's own is touched.
+"""Data of Debian's packages and of their index, by apt-get: no root, and nothing of the system's own is touched.
 
 apt-get brings the index of the archives that this machine is set up for, and checks it against their signatures. What
 is in a suite changes with time, so that there is no fixed hash to compare with: which suite of which date it was, and
@@ -69,9 +69,41 @@ def sizes(lists: Path) -> tuple[bytes, dict[str, Any]]:
     return _made(lists, make_sizes, "rows")
 
 
-def _made(lists: Path, make: Make, count: str) -> tuple[bytes, dict[str, Any]]:
+def download(package: str, folder: Path) -> Path:
+    """Brings a package, which apt-get checks against the index that it brings first; installs nothing.
+
+    Args:
+        package: its name.
+        folder: for apt-get's files, and the result.
+
+    Returns:
+        The tar archive of the package's files.
+
+    Raises:
+        FetchError: no apt-get, no network, or no such package.
+    """
+    _check()
+    lists, cache = folder / "lists", folder / "cache"
+    _update(lists, cache)
+    _apt(["apt-get", "download", package], lists, f"Dir::Cache={cache}", into=folder)
+    archive = folder / f"{package}.tar"
+    with archive.open("wb") as file:
+        found = sorted(folder.glob(f"{package}_*.deb"))
+        result = subprocess.run(
+            ["dpkg-deb", "--fsys-tarfile", *map(str, found)], stdout=file, stderr=subprocess.PIPE, check=False
+        )
+    if result.returncode:
+        raise FetchError(f"{package}: dpkg-deb could not open it\n{_end(result.stderr.decode(errors='replace'))}")
+    return archive
+
+
+def _check() -> None:
     if shutil.which("apt-get") is None or not CAT.exists():
         raise FetchError("Debian's index: apt-get is wanted, of a Debian machine or container; there is none here")
+
+
+def _made(lists: Path, make: Make, count: str) -> tuple[bytes, dict[str, Any]]:
+    _check()
     with tempfile.TemporaryDirectory() as cache:
         _update(lists, Path(cache))
     packages, translations = _targets(lists)
@@ -179,10 +211,10 @@ def _paragraphs(body: str) -> str:
     return "\n".join(text for paragraph in paragraphs if (text := " ".join(paragraph.split())))
 
 
-def _apt(command: list[str], lists: Path, *options: str) -> str:
+def _apt(command: list[str], lists: Path, *options: str, into: Path | None = None) -> str:
     settings = ["Acquire::Languages=en", f"Dir::State::lists={lists}", *options]
     line = [command[0], *(part for setting in settings for part in ("-o", setting)), *command[1:]]
-    result = subprocess.run(line, capture_output=True, text=True, check=False)
+    result = subprocess.run(line, capture_output=True, text=True, check=False, cwd=into)
     if result.returncode:
         raise FetchError(f"Debian's index: {' '.join(command[:2])} failed; is there a network?\n{_end(result.stderr)}")
     return result.stdout

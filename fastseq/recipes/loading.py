@@ -1,37 +1,30 @@
-"""From examples to batches on the device: the order of training data, and the loaders."""
+"""From examples to batches on the device: the order of training data, each process's share of it, and the loaders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastseq.recipes.config import TrainConfig
 from fastseq.recipes.task import Batch, Task
 
 
-class EpochBatches(Sampler[list[int]]):
-    """The batches of an epoch, as a pure function of (seed, epoch), from any position on.
+class EpochBatches:
+    """The batches of an epoch, as a pure function of (seed, epoch): the same for any number of processes.
 
     Args:
         lengths: (N,) int64 length of each example.
-        batch_size: examples a batch.
+        batch_size: examples a batch, of all processes together.
         seed: of the run.
         buckets: put examples of like length together; else each batch is a random draw.
     """
 
-    drop_last = False
-
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, buckets: bool) -> None:
         self.lengths, self.batch_size, self.seed, self.buckets = lengths, batch_size, seed, buckets
-        self.epoch, self.skip = 0, 0
-
-    def start_at(self, epoch: int, skip: int) -> None:
-        """The next iteration gives this epoch without its first `skip` batches."""
-        self.epoch, self.skip = epoch, skip
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Every batch of an epoch, as arrays of indices."""
@@ -43,37 +36,138 @@ class EpochBatches(Sampler[list[int]]):
         order = np.random.default_rng(seed).permutation(len(self.lengths))
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.plan(self.epoch)[self.skip :]:
-            yield batch.tolist()
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+
+class Share(NamedTuple):
+    """Examples that a process works through at once.
+
+    Attributes:
+        indices: of the examples.
+        part: of the update's loss that their mean loss makes up: the parts of an update, over all its batches and
+            processes, add up to 1.
+    """
+
+    indices: np.ndarray
+    part: float
+
+
+class Piece(NamedTuple):
+    """A share, and the batch of its examples."""
+
+    share: Share
+    batch: Batch
+
+
+class Shares(Sampler[list[Share]]):
+    """What one process has of each batch, from any position in an epoch on.
+
+    A batch is dealt out from its shortest example to its longest, in turns: shares differ by one example at most, and
+    hardly in length. What is left when there are more processes than examples works on a copy that counts for nothing,
+    since all have to take part in what processes do together.
+
+    Args:
+        batches: of an epoch.
+        weights: (N,) how much each example counts in the loss.
+        accumulate: batches an update.
+        rank: of this process.
+        processes: how many there are.
+    """
+
+    def __init__(
+        self, batches: EpochBatches, weights: np.ndarray, accumulate: int = 1, rank: int = 0, processes: int = 1
+    ) -> None:
+        self.batches, self.weights, self.accumulate = batches, weights, accumulate
+        self.rank, self.processes = rank, processes
+        self.epoch, self.skip = 0, 0
+        self.at_once: int | None = None
+        """The most examples of a share; a larger one is cut."""
+
+    def start_at(self, epoch: int, skip: int) -> None:
+        """The next iteration gives this epoch without its first `skip` batches, which are whole updates."""
+        self.epoch, self.skip = epoch, skip
+
+    def __iter__(self) -> Iterator[list[Share]]:
+        batches = self.batches.plan(self.epoch)
+        for start in range(self.skip, len(batches), self.accumulate):
+            update = batches[start : start + self.accumulate]
+            total = sum(self.weights[batch].sum() for batch in update)
+            for batch in update:
+                yield self.cut(self._mine(batch, total))
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size) - self.skip
+        return len(self.batches) - self.skip
+
+    def _mine(self, batch: np.ndarray, total: float) -> Share:
+        if self.processes > 1:
+            batch = batch[np.argsort(self.batches.lengths[batch], kind="stable")]
+        mine = batch[self.rank :: self.processes]
+        return Share(mine, float(self.weights[mine].sum() / total)) if len(mine) else Share(batch[:1], 0.0)
+
+    def cut(self, share: Share) -> list[Share]:
+        """The share in as few and as equal pieces as `at_once` allows; they make up the same gradient."""
+        count = -(-len(share.indices) // (self.at_once or len(share.indices)))
+        if count == 1:
+            return [share]
+        whole = self.weights[share.indices].sum()
+        pieces = np.array_split(share.indices, count)
+        return [Share(piece, share.part * float(self.weights[piece].sum() / whole)) for piece in pieces]
 
 
-def training_batches(task: Task, config: TrainConfig, seed: int) -> EpochBatches:
-    """The batch plan of a run, over the fraction of the training data that it uses."""
+class Pieces(Dataset[list[Piece]]):
+    """Shares to batches.
+
+    Args:
+        task: has the examples, and makes batches of them.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.examples, self.collate = task.train, task.collate
+
+    def __getitem__(self, shares: list[Share]) -> list[Piece]:
+        return [Piece(share, self.collate([self.examples[i] for i in share.indices])) for share in shares]
+
+
+def training_shares(task: Task, config: TrainConfig, seed: int, rank: int = 0, processes: int = 1) -> Shares:
+    """A process's shares of a run's batches, over the fraction of the training data that it uses."""
     count = max(1, round(len(task.train) * config.fraction))
     # Which examples a fraction keeps depends on the seed alone, so that a quick look repeats.
     kept = np.sort(np.random.default_rng(seed).permutation(len(task.train))[:count])
     lengths = np.array([task.length(task.train[i]) for i in kept], dtype=np.int64)
     task.train = [task.train[i] for i in kept] if count < len(task.train) else task.train
-    return EpochBatches(lengths, config.batch_size, seed, config.buckets)
+    weights = np.ones(count) if task.weight is None else np.array([task.weight(example) for example in task.train])
+    batches = EpochBatches(lengths, config.batch_size, seed, config.buckets)
+    return Shares(batches, weights.astype(np.float64), config.accumulate, rank, processes)
 
 
-def training_loader(task: Task, batches: EpochBatches, config: TrainConfig, gpu: bool) -> DataLoader[Any]:
-    """One loader for the run, so that worker processes persist; it leaves the global generators alone."""
+def training_loader(task: Task, shares: Shares, config: TrainConfig, gpu: bool) -> DataLoader[list[Piece]]:
+    """One loader for the run, so that worker processes persist; it leaves the global generators alone.
+
+    Returns:
+        For each batch, this process's pieces of it: one, unless `Shares.at_once` cuts it.
+    """
     workers = config.workers if config.workers is not None else 2 if gpu else 0
     return DataLoader(
-        task.train,  # type: ignore[arg-type]  # any sequence will do
-        batch_sampler=batches,
-        collate_fn=task.collate,
+        Pieces(task),
+        sampler=shares,
+        batch_size=None,  # what the sampler gives is a batch already
+        collate_fn=_as_it_is,
         num_workers=workers,
-        pin_memory=gpu,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
+        pin_memory=gpu if config.pin_memory is None else config.pin_memory,
+        persistent_workers=config.persistent_workers and workers > 0,
+        prefetch_factor=config.prefetch if workers else None,
         generator=torch.Generator(),
     )
+
+
+def _as_it_is(pieces: list[Piece]) -> list[Piece]:
+    return pieces
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch there; the host does not wait for copies from pinned memory."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def evaluation_sample(examples: Sequence[Any], config: TrainConfig, seed: int) -> Sequence[Any]:
@@ -89,5 +183,4 @@ def evaluation_batches(task: Task, examples: Any, device: torch.device, size: in
     order = sorted(range(len(examples)), key=lambda i: task.length(examples[i]))
     collate = task.collate_evaluation or task.collate
     for start in range(0, len(order), size):
-        batch = collate([examples[i] for i in order[start : start + size]])
-        yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        yield on_device(collate([examples[i] for i in order[start : start + size]]), device)

@@ -1,4 +1,7 @@
-"""What a training run shows and leaves behind: a progress bar, ``metrics.jsonl`` and TensorBoard curves."""
+"""What a training run shows and leaves behind: a progress bar, ``metrics.jsonl`` and TensorBoard curves.
+
+On a GPU all three have how busy and how full it is.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +22,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from fastseq.gpu_watch import GpuWatch
 from fastseq.recipes.config import RecipeConfig
 
 if TYPE_CHECKING:
@@ -35,9 +40,10 @@ class Reporter:
         step: updates done before this start; what was logged after them belongs to updates that a kill undid.
         total: updates of the whole run.
         main: whether this is the process that reports.
+        device: that it trains on.
     """
 
-    def __init__(self, config: RecipeConfig, step: int, total: int, main: bool) -> None:
+    def __init__(self, config: RecipeConfig, step: int, total: int, main: bool, device: torch.device) -> None:
         self.config, self.start_step, self.total, self.main = config, step, total, main
         self.log = config.run_dir / "metrics.jsonl"
         self.progress = Progress(
@@ -50,6 +56,7 @@ class Reporter:
             disable=not (main and config.train.progress),
         )
         self.losses: list[Tensor] = []
+        self.gpu = GpuWatch(device if main else torch.device("cpu"))
 
     def __enter__(self) -> Reporter:
         if self.main:
@@ -57,6 +64,7 @@ class Reporter:
         self.board = self._tensorboard()
         self.bar = self.progress.add_task("train", total=self.total, completed=self.start_step, text="")
         self.progress.start()
+        self.gpu.start()
         self.now = time.perf_counter()
         self.since = (self.start_step, self.now)
         self.dev = ""
@@ -65,6 +73,7 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.gpu.stop()
         self.progress.stop()
         if self.board is not None:
             self.board.close()
@@ -76,20 +85,25 @@ class Reporter:
         if position.step % REFRESH or not self.main:
             return
         recent = sum(value.item() for value in self.losses[-REFRESH:]) / len(self.losses[-REFRESH:])
+        gpu = self.gpu.latest
+        shown = f"  {gpu}" if gpu is not None else ""
         self.progress.update(
             self.bar,
             completed=position.step,
-            text=f"loss {recent:.3f}  {self._rate(position.step):.0f} examples/s{self.dev}",
+            text=f"loss {recent:.3f}  {self._rate(position.step):.0f} examples/s{shown}{self.dev}",
         )
         if self.board is not None:
             self.board.add_scalar("train/loss", recent, position.step)
             self.board.add_scalar("train/lr", lr, position.step)
+            for name, value in gpu.as_dict().items() if gpu is not None else ():
+                self.board.add_scalar(f"gpu/{name}", value, position.step)
 
     def evaluation(self, position: Position, metrics: dict[str, float]) -> None:
         """After each evaluation on dev."""
         if not self.main:
             return
         loss = sum(value.item() for value in self.losses) / max(1, len(self.losses))
+        gpu = self.gpu.mean()
         line = {
             "step": position.step,
             "epoch": position.epoch + 1,
@@ -97,6 +111,7 @@ class Reporter:
             "examples_per_s": round(self._rate(position.step), 1),
             "dev": metrics,
             "best_step": position.best_step,
+            **({"gpu": gpu.as_dict()} if gpu is not None else {}),
         }
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -29,6 +29,8 @@ class Task:
         length: the length of an example, which the length buckets sort by.
         evaluate: named metrics of a model on batches; the model is in evaluation mode and under autocast.
         score: the metric of `evaluate` that chooses the best weights.
+        weight: how much an example counts in the model's loss, which is a mean: its words, where that is a mean over
+            words; None where each example counts the same. Processes and parts of a batch are averaged by it.
         lower_is_better: of `score`; else the highest is the best.
         artefacts: plain values that prediction needs besides the weights, such as the vocabulary.
         collate_evaluation: the same for evaluation, where a batch holds more than the model takes; None where not.
@@ -44,6 +46,7 @@ class Task:
     length: Callable[[Any], int]
     evaluate: Evaluation
     score: str
+    weight: Callable[[Any], int] | None = None
     lower_is_better: bool = False
     artefacts: dict[str, Any] = field(default_factory=dict)
     collate_evaluation: Callable[[list[Any]], Batch] | None = None

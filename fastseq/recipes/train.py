@@ -8,36 +8,46 @@
 
 A run killed at any moment and started again ends with the same weights, bit for bit: the order of the data is
 a pure function of (seed, epoch), and a checkpoint holds the position in it and the state of all that has one.
-(With several processes each one's random numbers are not kept: a resumed run is as good, not the same.)
+Under torchrun several processes share each batch (`distributed`); their number may change when a run goes on.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from fastseq import host
-from fastseq.recipes import checkpoint
-from fastseq.recipes.config import NOT_THE_RESULT, ConfigT, RecipeConfig, TrainConfig, differences
+from fastseq.recipes import checkpoint, distributed
+from fastseq.recipes.batch_size import Fitting, halved, out_of_memory
+from fastseq.recipes.config import NOT_THE_RESULT, ConfigT, RecipeConfig, differences
 from fastseq.recipes.errors import ConfigError
-from fastseq.recipes.loading import evaluation_batches, evaluation_sample, training_batches, training_loader
+from fastseq.recipes.loading import (
+    Piece,
+    Pieces,
+    evaluation_batches,
+    evaluation_sample,
+    on_device,
+    training_loader,
+    training_shares,
+)
 from fastseq.recipes.report import Reporter
-from fastseq.recipes.task import Batch, Evaluation, Task
+from fastseq.recipes.settings import learning_rate, make_accelerator, make_optimizer, prepare
+from fastseq.recipes.task import Evaluation, Task
 
 
 @dataclass
 class Position:
-    """Where a run stands, besides its tensors."""
+    """Where a run stands, besides its tensors; `at_once` is what `loading.Shares` has of that name."""
 
     step: int = 0
     epoch: int = 0
@@ -46,6 +56,7 @@ class Position:
     best_step: int = 0
     stale: int = 0
     stopped: bool = False
+    at_once: int | None = None
 
 
 def run(config: ConfigT, build: Callable[[ConfigT], Task]) -> dict[str, float]:
@@ -58,100 +69,30 @@ def run(config: ConfigT, build: Callable[[ConfigT], Task]) -> dict[str, float]:
     Raises:
         ConfigError: the run directory belongs to another configuration.
     """
-    folder = config.run_dir
-    _claim(folder, config)
-    finished = folder / "test.json"
-    if finished.exists():
-        metrics: dict[str, float] = json.loads(finished.read_text("utf-8"))
-        print(f"{folder}: this run is complete (delete it or choose another run_dir to train again)")
-        return metrics
+    started = distributed.initialized()
+    accelerator = make_accelerator(config.train)
+    distributed.check(config.train, accelerator.num_processes)
+    metrics = distributed.from_first(accelerator, lambda: _claim(config))
+    if metrics is None:
+        metrics = _trained(config, build, accelerator)
+    if accelerator.num_processes > 1 and not started:
+        torch.distributed.destroy_process_group()
+    return metrics
+
+
+def _trained(config: ConfigT, build: Callable[[ConfigT], Task], accelerator: Accelerator) -> dict[str, float]:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    accelerator = make_accelerator(config.train)
     if accelerator.device.type == "cpu":
         host.keep_memory()  # each step asks for as much as the step before has freed
     set_seed(config.seed)
-    task = build(config)
+    with accelerator.local_main_process_first():  # what one has fetched or encoded, the others find in the cache
+        task = build(config)
     prepare(task.model, config.train)
     trainer = Trainer(task, config, accelerator)
     trainer.resume()
     trainer.fit()
     return trainer.finish()
-
-
-def prepare(model: nn.Module, config: TrainConfig) -> None:
-    """Sets what a configuration asks of the matrix products and of the model's memory.
-
-    Raises:
-        ConfigError: the model cannot recompute its layers.
-    """
-    if config.tf32 is not None:  # else PyTorch's own setting stays
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
-        torch.backends.cudnn.allow_tf32 = config.tf32
-    if config.gradient_checkpointing:
-        enable = getattr(model, "gradient_checkpointing_enable", None)
-        if enable is None:
-            raise ConfigError("train.gradient_checkpointing: this recipe's model has no layers to recompute, got true")
-        enable()
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerate front end of a configuration."""
-    from accelerate.state import AcceleratorState
-
-    if not torch.distributed.is_initialized():
-        # accelerate keeps one precision a process; two runs in one process may differ.
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
-        mixed_precision="bf16" if wants_bf16(config) else "no",
-        gradient_accumulation_steps=config.accumulate,
-        cpu=config.device == "cpu",
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-    )
-
-
-def wants_bf16(config: TrainConfig) -> bool:
-    """Whether to run under bf16 autocast; "auto" asks for hardware that multiplies bf16."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    if config.device == "auto" and torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained; one fused kernel a step where asked for.
-
-    With an `encoder_lr`, what is inside a submodule called encoder has that learning rate, and all else `lr`.
-    """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    rates = {True: config.encoder_lr or config.lr, False: config.lr}
-    inside = {name: config.encoder_lr is not None and "encoder" in name.split(".")[:-1] for name, _ in trained}
-    groups = [
-        {"params": [parameter for name, parameter in trained if inside[name] == which], "lr": rates[which]}
-        for which in sorted(set(inside.values()))
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=config.fused or None,
-    )
-
-
-def learning_rate(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate at a step: linear warmup, then the schedule down to zero."""
-    warmup = min(config.warmup_steps, total_steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
-
-    return factor
 
 
 class Trainer:
@@ -160,33 +101,39 @@ class Trainer:
     def __init__(self, task: Task, config: RecipeConfig, accelerator: Accelerator) -> None:
         self.task, self.config, self.accelerator = task, config, accelerator
         self.position = Position()
-        self.batches = training_batches(task, config.train, config.seed)
+        self.shares = training_shares(
+            task, config.train, config.seed, accelerator.process_index, accelerator.num_processes
+        )
+        self.loader = training_loader(task, self.shares, config.train, accelerator.device.type == "cuda")
         self.dev = evaluation_sample(task.dev, config.train, config.seed)
-        gpu = accelerator.device.type == "cuda"
-        loader = training_loader(task, self.batches, config.train, gpu)
-        optimizer = make_optimizer(task.model, config.train)
-        self.model, self.optimizer, self.loader = accelerator.prepare(task.model, optimizer, loader)
-        per_epoch = math.ceil(math.ceil(len(self.batches) / accelerator.num_processes) / config.train.accumulate)
+        self.eval_batch_size = config.train.eval_batch_size
+        self.model = distributed.shared(task.model, accelerator, config.train)
+        self.optimizer = make_optimizer(task.model, config.train)
+        self.fitting = Fitting(task.model, Pieces(task), self.shares, accelerator)
+        per_epoch = math.ceil(len(self.shares) / config.train.accumulate)
         self.total = min(per_epoch * config.train.epochs, config.train.max_steps or per_epoch * config.train.epochs)
         self.eval_every = config.train.eval_every or per_epoch
-        # Not prepared: accelerate would step it once a process; here a step is an update.
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer.optimizer, learning_rate(config.train, self.total)
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate(config.train, self.total))
 
     def resume(self) -> None:
         """Goes to the last good checkpoint of the run directory, if there is one."""
+        state = distributed.from_first(self.accelerator, self._latest)
+        if state is not None:
+            distributed.load_model(self.task.model, state["model"])
+            distributed.load_optimizer(self.optimizer, state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.position = Position(**state["position"])
+            self.shares.at_once = self.position.at_once
+            checkpoint.set_rng_state(state["rng"])
+        distributed.own_generators(self.accelerator, self.config.seed, self.position.step)
+        main, device = self.accelerator.is_main_process, self.accelerator.device
+        self.reporter = Reporter(self.config, self.position.step, self.total, main, device)
+
+    def _latest(self) -> dict[str, Any] | None:
         folder = self.config.run_dir
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
-        state = checkpoint.load_latest(folder / "last.pt", self.accelerator.print)
-        if state is not None:
-            self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.position = Position(**state["position"])
-            checkpoint.set_rng_state(state["rng"])
-        self.reporter = Reporter(self.config, self.position.step, self.total, self.accelerator.is_main_process)
+        return checkpoint.load_latest(folder / "last.pt", self.accelerator.print)
 
     def fit(self) -> None:
         """Trains to the end, from wherever it stands."""
@@ -197,28 +144,47 @@ class Trainer:
     def _epoch(self) -> None:
         self.model.train()
         position = self.position
-        self.batches.start_at(position.epoch, position.batch)
-        for index, batch in enumerate(self.loader, start=position.batch + 1):
-            with self.accelerator.accumulate(self.model):
-                loss = self._update(batch)
-            if self.accelerator.sync_gradients:
-                position.step, position.batch = position.step + 1, index
-                self.reporter.update(position, loss, self.optimizer.param_groups[0]["lr"])
-                self._after_update()
+        self.shares.start_at(position.epoch, position.batch)
+        batches = iter(self.loader)
+        while update := list(islice(batches, self.config.train.accumulate)):
+            loss = self.update([piece for batch in update for piece in batch])
+            position.step, position.batch = position.step + 1, position.batch + len(update)
+            self.reporter.update(position, loss, self.optimizer.param_groups[0]["lr"])
+            self._after_update()
             if position.step >= self.total or position.stopped:
                 return
         position.epoch, position.batch = position.epoch + 1, 0
 
-    def _update(self, batch: Batch) -> Tensor:
-        loss: Tensor = self.model(**batch)
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients and self.config.train.clip:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+    def update(self, update: list[Piece]) -> Tensor:
+        """One step of the optimizer; the loss as of `gradients`."""
+        if self.config.train.find_batch_size:
+            loss = self.fitting(self.gradients, update)
+            if self.accelerator.num_processes > 1:
+                distributed.average(self.task.model)
+        else:
+            loss = self.gradients(update)
+        if self.config.train.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
         self.optimizer.step()
-        if self.accelerator.sync_gradients:
-            self.schedule.step()
+        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss
+
+    def gradients(self, update: list[Piece]) -> Tensor:
+        """Adds an update's gradients to the parameters', and gives the mean loss of this process's share of it.
+
+        What is minimised is the mean over all that the update's batches hold, in all processes and pieces, as if it
+        were one batch: each piece has the weight of its examples.
+        """
+        mine = sum(piece.share.part for piece in update) or 1.0
+        losses = []
+        for piece in update:
+            with distributed.last_of_update(self.model, piece is update[-1]):
+                loss: Tensor = self.model(**on_device(piece.batch, self.accelerator.device))
+                factor = piece.share.part * self.accelerator.num_processes  # of which gradients are the mean
+                (loss if factor == 1 else loss * factor).backward()
+            losses.append(loss.detach() if len(update) == 1 else loss.detach() * (piece.share.part / mine))
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def _after_update(self) -> None:
         step, save_every = self.position.step, self.config.train.save_every
@@ -229,14 +195,25 @@ class Trainer:
             self._save_last()
 
     def evaluate(self, examples: Any, metrics_of: Evaluation) -> dict[str, float]:
-        """The metrics of the present weights."""
-        model = self.accelerator.unwrap_model(self.model)
+        """The metrics of the present weights. Each process finds them, and the first one's count."""
+        model = self.task.model
         model.eval()
-        with torch.inference_mode(), self.accelerator.autocast():
-            size, device = self.config.train.eval_batch_size, self.accelerator.device
-            metrics = metrics_of(model, evaluation_batches(self.task, examples, device, size))
+        # Sharded parameters are put together in evaluation too, and must not become inference tensors by it.
+        with torch.no_grad() if self.config.train.fsdp else torch.inference_mode(), self.accelerator.autocast():
+            metrics = self._evaluated(examples, metrics_of)
         model.train()
-        return metrics
+        return distributed.from_first(self.accelerator, lambda: metrics)
+
+    def _evaluated(self, examples: Any, metrics_of: Evaluation) -> dict[str, float]:
+        while True:
+            batches = evaluation_batches(self.task, examples, self.accelerator.device, self.eval_batch_size)
+            try:
+                return metrics_of(self.task.model, batches)
+            except (RuntimeError, MemoryError) as error:
+                finds = self.config.train.find_batch_size and self.eval_batch_size > 1
+                if not finds or not out_of_memory(error):
+                    raise
+            self.eval_batch_size = halved(self.eval_batch_size)
 
     def _keep_if_best(self, metrics: dict[str, float]) -> None:
         position, patience = self.position, self.config.train.patience
@@ -250,49 +227,57 @@ class Trainer:
         self.reporter.evaluation(position, metrics)
 
     def _save_best(self, metrics: dict[str, float]) -> None:
+        state = {
+            "recipe": self.task.name,
+            "config": self.config.model_dump(mode="json"),
+            "artefacts": self.task.artefacts,
+            "model": self._whole(self.task.model.state_dict()),
+            "metrics": metrics,
+            "step": self.position.step,
+        }
         if self.accelerator.is_main_process:
-            state = {
-                "recipe": self.task.name,
-                "config": self.config.model_dump(mode="json"),
-                "artefacts": self.task.artefacts,
-                "model": self.accelerator.unwrap_model(self.model).state_dict(),
-                "metrics": metrics,
-                "step": self.position.step,
-            }
             checkpoint.save(self.config.run_dir / "best.pt", state)
 
     def _save_last(self) -> None:
+        self.position.at_once = self.shares.at_once
+        state = {
+            "model": self._whole(self.task.model.state_dict()),
+            "optimizer": self._whole(self.optimizer.state_dict()),
+            "schedule": self.schedule.state_dict(),
+            "position": asdict(self.position),
+            "rng": checkpoint.rng_state(),
+        }
         if self.accelerator.is_main_process:
-            state = {
-                "model": self.accelerator.unwrap_model(self.model).state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "position": asdict(self.position),
-                "rng": checkpoint.rng_state(),
-            }
             checkpoint.save(self.config.run_dir / "last.pt", state, keep_previous=True)
+        distributed.own_generators(self.accelerator, self.config.seed, self.position.step)
+
+    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
+        return distributed.whole(state, self.accelerator)
 
     def finish(self) -> dict[str, float]:
         """Tests the best weights and marks the run as complete."""
         folder = self.config.run_dir
-        self.accelerator.wait_for_everyone()
-        best = checkpoint.load(folder / "best.pt")
-        self.accelerator.unwrap_model(self.model).load_state_dict(best["model"])
+        best = distributed.from_first(self.accelerator, lambda: checkpoint.load(folder / "best.pt"))
+        distributed.load_model(self.task.model, best["model"])
         metrics = self.evaluate(self.task.test, self.task.evaluate_test or self.task.evaluate)
         if self.accelerator.is_main_process:
             checkpoint.save_json(folder / "test.json", {**metrics, "best_step": best["step"]})
         return metrics
 
 
-def _claim(folder: Path, config: RecipeConfig) -> None:
-    """Writes the configuration into a new run directory, or checks that an old one has the same."""
-    file = folder / "config.yaml"
+def _claim(config: RecipeConfig) -> dict[str, float] | None:
+    """Writes the configuration into a new run directory, or checks that an old one has the same.
+
+    Returns:
+        The test metrics, if the run is complete.
+    """
+    folder = config.run_dir
+    file, finished = folder / "config.yaml", folder / "test.json"
     resolved = config.model_dump(mode="json")
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         checkpoint.write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8"))
-        return
     old = type(config).model_validate(yaml.safe_load(file.read_text("utf-8")))
     changed = differences(
         old.model_dump(mode="json", exclude=NOT_THE_RESULT),
@@ -303,3 +288,8 @@ def _claim(folder: Path, config: RecipeConfig) -> None:
             f"run_dir: {folder} belongs to a run with another configuration; choose another run_dir, or "
             "delete it. What differs: " + "; ".join(changed)
         )
+    if not finished.exists():
+        return None
+    print(f"{folder}: this run is complete (delete it or choose another run_dir to train again)")
+    metrics: dict[str, float] = json.loads(finished.read_text("utf-8"))
+    return metrics

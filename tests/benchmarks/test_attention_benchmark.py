@@ -2,41 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastseq_benchmarks import attention, attention_models, attention_truth, cli
-from fastseq_benchmarks.pointer import gradient_error
+from fastseq_benchmarks import attention, attention_truth, cli, encoder_models
+from fastseq_benchmarks.common import gradient_error
 from fastseq_benchmarks.runner import Effort
 
 SHAPE = (2, 2, 9, 4)
-TINY: dict[str, dict[str, Any]] = {
-    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
-    "bert": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
-    "deberta": {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "pooler_hidden_size": 16,
-    },
-}
 
 
 @pytest.fixture(autouse=True)
 def little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "QUICK", Effort(budget_s=0.0, min_rounds=2, sample_s=0.0))
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of a few weights."""
-    pytest.importorskip("transformers")
-    configs = {name: (cls, options | TINY[name]) for name, (cls, options) in attention_models.CONFIGS.items()}
-    monkeypatch.setattr(attention_models, "CONFIGS", configs)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -54,7 +34,7 @@ def test_truth_of_disentangled_attention_is_what_transformers_computes() -> None
     pytest.importorskip("transformers")
     inputs = attention_truth.make_disentangled_inputs((2, 2, 150, 4), torch.float64, "cpu", 0)
     leaves = inputs.leaves()
-    out = inputs.there(attention_models.disentangled_core(inputs)(leaves, 0.0))
+    out = inputs.there(encoder_models.disentangled_core(inputs)(leaves, 0.0))
     out.backward(inputs.grad)  # type: ignore[no-untyped-call]
     got = {"out": out.detach()} | {name: x.grad for name, x in leaves.items() if x.grad is not None}
     # They compute the scale in float32.
@@ -87,14 +67,3 @@ def test_quick_run_of_a_tiny_shape(tmp_path: Path) -> None:
         timed = {rival["name"] for rival in case["rivals"] if rival["seconds"]}
         assert "fastseq eager" in timed
         assert timed & {"sdpa", "Hugging Face"} or case["suite"] == "disentangled"
-
-
-@pytest.mark.usefixtures("tiny")
-def test_quick_run_of_tiny_models(tmp_path: Path) -> None:
-    out = tmp_path / "new.json"
-    options = [option for name in TINY for option in ("--suite", name)]
-    options += ["--shape", "3,12,5", "--threads", "1", "--json", str(out)]
-    assert cli.main(["attention", "--quick", *options]) == 0
-    for case in json.loads(out.read_text("utf-8"))["cases"]:
-        timed = {rival["name"] for rival in case["rivals"] if rival["seconds"]}
-        assert {"Hugging Face", attention_models.PACKED, attention_models.HALF} <= timed

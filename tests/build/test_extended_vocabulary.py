@@ -123,6 +123,18 @@ def test_bad_arguments(vocabulary: host.ExtendedVocabulary) -> None:
         host.ExtendedVocabulary(["a", "b"], unk=2)
 
 
+def test_strings_of_another_class(vocabulary: host.ExtendedVocabulary) -> None:
+    """What counts is their text, whatever the class says of its length."""
+
+    class Odd(str):
+        def __len__(self) -> int:
+            return 10**9
+
+    sources = vocabulary.encode_sources([["the", Odd("é中"), "the"], [Odd("cat")]])
+    assert sources.extended.tolist() == [[2, 4, 2], [3, -1, -1]]
+    assert sources.oov == [["é中"], []]
+
+
 def test_threads_share_a_vocabulary(vocabulary: host.ExtendedVocabulary) -> None:
     rng = np.random.default_rng(0)
     batches = [[[f"w{i}" for i in rng.integers(0, 300, 40)] for _ in range(20)] for _ in range(8)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -97,3 +98,43 @@ QUIET = ["train.precision=fp32", "train.threads=1", "train.tensorboard=false", "
 def quiet() -> list[str]:
     """Settings of runs whose results are compared, and whose output is read."""
     return QUIET
+
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict[str, list[str]]:
+    """Settings of each recipe, without dropout, on 13 examples of 1 to 9 words: at 4 a batch, one is left over."""
+    files = small_files(tmp_path_factory.mktemp("small"))
+    common = [*QUIET, "train.batch_size=4", "train.accumulate=2", "train.warmup_steps=0", "train.lr=0.01"]
+    common += ["train.clip=null", "model.dropout=0.0"]
+    table = ["data.name=table", *files["table"]]
+    deberta = (
+        "model_type: deberta-v2, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 24, "
+        "relative_attention: true, position_buckets: 4, pos_att_type: [p2c, c2p], max_position_embeddings: 32"
+    )
+    columns = ["data.target=size", "data.text=[text]", "data.numeric=[size]", "data.categorical=[label]"]
+    columns += ["data.bags=[text]", "model.bag_size=16", "model.bag_dropout=0.0", "model.encoder.dropout=0.0"]
+    return {
+        "tagger": [*common, "data.name=conll", *files["conll"], "model.hidden_size=8"],
+        "summarizer": [*common, "data.name=jsonl", *files["jsonl"], "data.max_target=5", "model.hidden_size=8"],
+        "classifier": [*common, *table, f"model.encoder.checkpoint={tiny_encoder}", "model.encoder.dropout=0.0"],
+        "regressor": [*common, *table, f"model.encoder={{tokenizer: {tiny_encoder}, shape: {{{deberta}}}}}", *columns],
+    }
+
+
+def small_files(folder: Path) -> dict[str, list[str]]:
+    """Sentences in each format that recipes read, and the settings that name the files."""
+    rng, files = random.Random(0), {"conll": list[str](), "jsonl": list[str](), "table": list[str]()}
+    for part, count in (("train", 13), ("dev", 6), ("test", 6)):
+        texts = [rng.choices(WORDS[:6], k=rng.randint(1, 9)) for _ in range(count)]
+        pairs = [{"source": " ".join(text), "target": " ".join(text[:3])} for text in texts]
+        rows = [{"text": " ".join(text), "label": text[0], "size": len(text) + 0.5} for text in texts]
+        contents = {
+            "conll": "\n\n".join("\n".join(f"{word} B-{word[0]}" for word in text) for text in texts) + "\n",
+            "jsonl": "".join(json.dumps(row) + "\n" for row in pairs),
+            "table": "".join(json.dumps(row) + "\n" for row in rows),
+        }
+        for kind, content in contents.items():
+            path = folder / f"{part}-{kind}.jsonl"
+            path.write_text(content, "utf-8")
+            files[kind].append(f"data.{part}={path}")
+    return files

@@ -20,8 +20,9 @@ from fastseq import cli
 from fastseq.recipes import checkpoint, fetch, get, metrics
 from fastseq.recipes.config import ConfigError, load
 from fastseq.recipes.errors import FetchError
+from fastseq.recipes.settings import make_optimizer
 from fastseq.recipes.sources import SOURCES, FolderSource, movie_snippets
-from fastseq.recipes.train import make_optimizer, run
+from fastseq.recipes.train import run
 
 PACKAGE = "fastseq.recipes.classifier"
 
@@ -169,10 +170,11 @@ def test_compare(settings: list[str], tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "c.json").read_text())
     names = [lever["name"] for lever in figures["levers"]]
     assert names[2:5] == ["+ padding to the longest", "+ length buckets", "+ real tokens only"]
-    assert names[5:] == ["+ bf16", "+ fused optimizer"]
+    assert names[5:] == ["+ fused optimizer"]
+    assert {"name": "bf16", "why": "train.precision=fp32 asks for fp32"} in figures["not_tried"]
     assert all(lever["examples_per_s"] > 0 and lever["peak_bytes"] > 0 for lever in figures["levers"])
     assert "BertModel" in figures["patched"][0]
-    assert [row["name"] for row in figures["quality"]] == ["plain Hugging Face", "fastseq"]
+    assert [row["name"] for row in figures["quality"]] == ["plain", "fastseq"]
     assert figures["quality"][0]["examples"] == figures["quality"][1]["examples"]
     assert all(0 <= row["dev"]["accuracy"] <= 100 for row in figures["quality"])
     assert "disagree by" in output

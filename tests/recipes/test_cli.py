@@ -151,6 +151,8 @@ def test_compare(tiny: list[str], tmp_path: Path) -> None:
     plain, _, fused, *_ = figures["levers"]
     assert fused["ops"] < plain["ops"]
     assert [row["examples"] for row in figures["quality"]] == [60, 60]
+    assert all(0 <= row["test"]["f1"] <= 100 for row in figures["quality"])
+    assert all(0 < share["alone"] < 1 for share in figures["crf_share_of_step"].values())
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert "disagree by" in output
 

@@ -140,7 +140,7 @@ def test_compare(tiny: list[str], tmp_path: Path) -> None:
     output = call("compare", "summarizer", *tiny, "--sentences", "24", *files)
     figures = json.loads((tmp_path / "c.json").read_text())
     names = [lever["name"] for lever in figures["levers"]]
-    assert names[2:] == ["+ fused decoder and loss", "+ length buckets", "+ bf16", "+ fused optimizer"]
+    assert names[2:] == ["+ fused decoder and loss", "+ length buckets", "+ fused optimizer"]
     assert all(lever["examples_per_s"] > 0 and lever["peak_bytes"] > 0 for lever in figures["levers"])
     assert figures["levers"][2]["ops"] < figures["levers"][0]["ops"] / 2
     plain, fast = figures["breakdown"]["plain"], figures["breakdown"]["fastseq"]

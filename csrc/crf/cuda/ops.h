@@ -11,23 +11,6 @@
 
 namespace fastseq::crf::cuda {
 
-// Calls f(S{}, R{}) with the element types of the emissions, and of parameters and results.
-template <class F>
-auto with_types(const Tensor& emissions, const F& f) {
-  switch (emissions.scalar_type()) {
-    case ScalarType::Double:
-      return f(double{}, double{});
-    case ScalarType::Float:
-      return f(float{}, float{});
-    case ScalarType::BFloat16:
-      return f(bf16{}, float{});
-    case ScalarType::Half:
-      return f(f16{}, float{});
-    default:
-      throw std::runtime_error("fastseq: emissions: wanted float64, float32, bfloat16 or float16");
-  }
-}
-
 // The arguments of one call, as the kernels take them; what happens on the device goes to `stream`.
 template <class S, class R>
 class Call : public Arguments<R> {
@@ -70,7 +53,7 @@ inline Tensor crf_nll(const Tensor& emissions, const std::optional<Tensor>& tags
                       const std::optional<Tensor>& mask, const Tensor& transitions, const Tensor& start,
                       const Tensor& end) {
   const DeviceGuard guard(emissions.get_device_index());
-  return with_types(emissions, [&](auto s, auto r) {
+  return with_types(emissions, "emissions", [&](auto s, auto r) {
     using S = decltype(s);
     using R = decltype(r);
     const Call<S, R> call(emissions, tags, mask, transitions, start, end);
@@ -88,7 +71,7 @@ inline Grads crf_nll_grad(const Tensor& emissions, const std::optional<Tensor>& 
                           const std::optional<Tensor>& mask, const Tensor& transitions, const Tensor& start,
                           const Tensor& end, const std::optional<Tensor>& weights, double scale) {
   const DeviceGuard guard(emissions.get_device_index());
-  return with_types(emissions, [&](auto s, auto r) -> Grads {
+  return with_types(emissions, "emissions", [&](auto s, auto r) -> Grads {
     using S = decltype(s);
     using R = decltype(r);
     const Call<S, R> call(emissions, tags, mask, transitions, start, end, weights, scale);
@@ -109,7 +92,7 @@ inline std::tuple<Tensor, Tensor> crf_viterbi(const Tensor& emissions, const std
                                               const Tensor& transitions, const Tensor& start,
                                               const Tensor& end) {
   const DeviceGuard guard(emissions.get_device_index());
-  return with_types(emissions, [&](auto s, auto r) -> std::tuple<Tensor, Tensor> {
+  return with_types(emissions, "emissions", [&](auto s, auto r) -> std::tuple<Tensor, Tensor> {
     using S = decltype(s);
     using R = decltype(r);
     const Call<S, R> call(emissions, std::nullopt, mask, transitions, start, end);

@@ -11,23 +11,6 @@
 
 namespace fastseq::pointer::cuda {
 
-// Calls f(S{}, R{}) with the element types of the logits, and of all else.
-template <class F>
-auto with_types(const Tensor& logits, const F& f) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Double:
-      return f(double{}, double{});
-    case ScalarType::Float:
-      return f(float{}, float{});
-    case ScalarType::BFloat16:
-      return f(bf16{}, float{});
-    case ScalarType::Half:
-      return f(f16{}, float{});
-    default:
-      throw std::runtime_error("fastseq: logits: wanted float64, float32, bfloat16 or float16");
-  }
-}
-
 template <class E>
 Rows<E> rows(const Tensor& t) {
   return {static_cast<const E*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
@@ -59,7 +42,7 @@ struct MixtureCall : MixtureArguments<R> {
 inline Tensor pointer_distribution(const Tensor& logits, const Tensor& attention, const Tensor& gate,
                                    const Tensor& source_ids, int64_t num_oov) {
   const DeviceGuard guard(logits.get_device_index());
-  return with_types(logits, [&](auto s, auto r) {
+  return with_types(logits, "logits", [&](auto s, auto r) {
     using S = decltype(s);
     using R = decltype(r);
     const MixtureCall<S, R> call(logits, attention, gate, source_ids, num_oov);
@@ -80,7 +63,7 @@ inline std::tuple<Tensor, Tensor, Tensor> pointer_distribution_grad(const Tensor
                                                                     const Tensor& source_ids,
                                                                     int64_t num_oov) {
   const DeviceGuard guard(logits.get_device_index());
-  return with_types(logits, [&](auto s, auto r) -> std::tuple<Tensor, Tensor, Tensor> {
+  return with_types(logits, "logits", [&](auto s, auto r) -> std::tuple<Tensor, Tensor, Tensor> {
     using S = decltype(s);
     using R = decltype(r);
     const MixtureCall<S, R> call(logits, attention, gate, source_ids, num_oov);

@@ -183,7 +183,7 @@ def double_backward(
     def objective(*leaves: Any) -> Tensor:
         total = _total(leaves, scale)
         value = total.new_zeros(()) if grad_total is None else grad_total * total
-        if any(g is not None for g in grad_grads):
+        if any(g is not None for g in grad_grads) and total.requires_grad:
             wanted = (leaves[0], *leaves[3:6])
             grads = torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
             value = value + sum((g * d).sum() for g, d in zip(grad_grads, grads, strict=True) if g is not None)

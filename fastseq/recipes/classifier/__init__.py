@@ -6,8 +6,9 @@ from typing import Any
 
 from fastseq.recipes.classifier.predict import predict
 from fastseq.recipes.classifier.recipe import Config, build
+from fastseq.recipes.encoders import plain
 
-__all__ = ["Config", "build", "compare", "predict"]
+__all__ = ["Config", "build", "compare", "plain", "predict"]
 
 
 def compare(config: Config, sentences: int) -> dict[str, Any]:

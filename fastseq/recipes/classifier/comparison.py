@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from fastseq.recipes import encoder_compare
 from fastseq.recipes.classifier.recipe import Config, build
+from fastseq.recipes.compare import encoders
 
 
 def compare(config: Config, examples: int) -> dict[str, Any]:
-    """See `encoder_compare.compare`.
+    """See `encoders.compare`.
 
     Args:
         config: of the recipe.
         examples: the most that a version is trained on.
     """
-    make, encoder = partial(build, config), config.model.encoder
-    return encoder_compare.compare("classifier", config, config.data.name, encoder, make, examples)
+    return encoders.compare("classifier", config, config.model.encoder, build, examples)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastseq.recipes.encoders import plain
 from fastseq.recipes.regressor.predict import predict
 from fastseq.recipes.regressor.recipe import Config, build
 
-__all__ = ["Config", "build", "compare", "predict"]
+__all__ = ["Config", "build", "compare", "plain", "predict"]
 
 
 def compare(config: Config, sentences: int) -> dict[str, Any]:

@@ -16,11 +16,30 @@ from torch import Tensor, nn
 
 from fastseq.models.bilstm import mask_of
 from fastseq.models.summarizer import IGNORE, START, STOP, UNK, PointerGeneratorSummarizer
+from fastseq.recipes.config import RecipeConfig
+from fastseq.recipes.errors import ConfigError
 from fastseq.recipes.summarizer.phases import Clock
+from fastseq.recipes.task import Task
 
 EPSILON = 1e-12
 
 State = tuple[Tensor, Tensor]
+
+
+def plain(config: RecipeConfig, task: Task) -> PlainSummarizer:
+    """The task's network as the published loop; the same weights.
+
+    Args:
+        config: of the recipe.
+        task: of the summarizer.
+
+    Raises:
+        ConfigError: the model does not copy, so that there is no published loop for it.
+    """
+    like = cast(PointerGeneratorSummarizer, task.model)
+    if not like.copy:
+        raise ConfigError("model.copying: the published loop is of models that copy, got false")
+    return PlainSummarizer(like)
 
 
 class PlainSummarizer(nn.Module):

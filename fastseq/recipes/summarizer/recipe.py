@@ -79,6 +79,7 @@ def build(config: Config) -> Task:
         length=lambda example: len(example.source),
         evaluate=Evaluate(encoder, dev, config, config.decoding.dev_beam_size),
         score="rougeL",
+        weight=lambda example: len(example.targets),
         artefacts={"encoder": encoder.to_plain()},
         collate_evaluation=data.collate_indexed,
         evaluate_test=Evaluate(encoder, test, config, config.decoding.beam_size),

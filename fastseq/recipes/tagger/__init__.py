@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastseq.recipes.tagger.plain import plain
 from fastseq.recipes.tagger.predict import predict
 from fastseq.recipes.tagger.recipe import Config, build
 
-__all__ = ["Config", "build", "compare", "predict"]
+__all__ = ["Config", "build", "compare", "plain", "predict"]
 
 
 def compare(config: Config, sentences: int) -> dict[str, Any]:

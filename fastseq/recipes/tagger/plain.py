@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastseq.models.bilstm import mask_of
-from fastseq.models.tagger import Tagger
+from fastseq.models.tagger import SoftmaxDecoder, Tagger
+from fastseq.recipes.config import RecipeConfig
+from fastseq.recipes.task import Task
+
+
+def plain(config: RecipeConfig, task: Task) -> PlainTagger:
+    """The task's network with pytorch-crf's CRF, or with the softmax that it has; the same weights.
+
+    Args:
+        config: of the recipe.
+        task: of the tagger.
+    """
+    ours = cast(Tagger, task.model)
+    if isinstance(ours.decoder, SoftmaxDecoder):
+        return PlainTagger(ours, SoftmaxDecoder())
+    import torchcrf
+
+    layer = torchcrf.CRF(ours.output.out_features, batch_first=True).to(ours.output.weight)
+    layer.load_state_dict(ours.decoder.state_dict())
+    return PlainTagger(ours, layer)
 
 
 class PlainTagger(nn.Module):

@@ -133,7 +133,7 @@ def sequences(q: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, max_
         raise ValueError(f"cu_seqlens: got {bounds}, wanted rising boundaries from 0 to the {size} positions at most")
     longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
     if longest > max_length:
-        raise ValueError(f"max_length: got {max_length}, wanted at least {longest}, the length of the longest sequence")
+        raise ValueError(f"cu_seqlens: got a sequence of {longest} tokens, wanted max_length = {max_length} at most")
     return [(0, range(a, b)) for a, b in itertools.pairwise(bounds)]
 
 

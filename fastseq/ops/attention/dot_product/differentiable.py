@@ -28,7 +28,7 @@ FLOATS = range(8)
 def weights(*arguments: Any) -> Tensor:
     """(N,Hq,max_q,max_k) the softmax before dropout, 0 where nothing is visible; of R, differentiable."""
     args = Arguments(*arguments)
-    with torch.autocast(args.q.device.type, enabled=False):
+    with torch.autocast("cpu" if args.q.is_meta else args.q.device.type, enabled=False):
         batch = one_batch(args)
         scores, _ = _scores(batch, args, *_by_heads(batch, args.result)[:2])
         rows, keys = scores.shape[2:]

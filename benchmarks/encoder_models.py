@@ -1,53 +1,47 @@
-"""The encoders of the attention benchmarks: as transformers runs them on padded texts, and packed.
+"""The encoders of the benchmarks of models: as transformers runs them on padded texts, and packed.
 
 Lengths are lognormal with the shape's mean, at most its maximum, to which the batch is padded. A step is the loss of a
-classifier of two classes, its gradients, and AdamW; dropout is 0.1, and off where results are checked. "Hugging Face"
-is transformers' model with its own attention of plain torch, "sdpa" its faster one, both with AdamW as torch makes it
-by default; fastseq's have `patch(model, packed=True)`, the fused AdamW and `host.keep_memory()`; "bf16" is autocast.
+classifier of two classes, or of a regressor on the text and a table's row, its gradients, and AdamW; dropout is on, and
+off where results are checked. "Hugging Face" is transformers' model with its own attention of plain torch, "sdpa" its
+faster one, both with AdamW as torch makes it by default; fastseq's have `patch(model, packed=True)`, the fused AdamW
+and `host.keep_memory()`; "bf16" is autocast.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import functools
 import importlib
 import importlib.util
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastseq
-from fastseq import host
+from fastseq.models import TextRegressor
 from fastseq_benchmarks.attention_truth import BUCKETS, MAX_POSITION, DisentangledInputs
+from fastseq_benchmarks.common import HALF
 from fastseq_benchmarks.runner import Rival, Shape
+from fastseq_benchmarks.training import fused_rival, training_step
 
 __all__ = [
-    "GOALS",
-    "LETTERS",
-    "SHAPES",
+    "DISTILBERT",
     "ModelInputs",
     "disentangled_core",
     "loss_and_gradients",
     "make_inputs",
+    "make_regressor_inputs",
     "no_transformers",
-    "relative_norm",
+    "regressor_loss_and_gradients",
     "rivals",
 ]
 
-LETTERS = "B,S,mean"
-SHAPES: dict[str, list[Shape]] = {"distilbert": [(8, 128, 40)], "bert": [(8, 512, 40)], "deberta": [(8, 128, 40)]}
-PACKED = "fastseq packed"
-HALF = PACKED + " bf16"
-DISTILBERT = "fastseq packed bf16 DistilBERT"
-GOALS = {"distilbert": {HALF: 8.0}, "bert": {DISTILBERT: 60.0}, "deberta": {PACKED: 3.0}}
-TOLERANCE = 1e-4
-HALF_TOLERANCE = 5e-2
+DISTILBERT = "fastseq" + HALF + " DistilBERT"
+NUMERIC, CATEGORIES = 8, 50
 VOCABULARY = 30_522
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -83,117 +77,77 @@ def no_transformers() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ModelInputs:
-    """A name of `CONFIGS`, its first weights, and a batch."""
+    """A name of `CONFIGS`, the first weights of a model with that encoder, and a batch."""
 
     name: str
     model: nn.Module
     batch: dict[str, Tensor]
 
 
-def make_model(name: str, seed: int, **options: Any) -> nn.Module:
-    """A classifier with random weights."""
+def make_model(name: str, seed: int, head: str = "ForSequenceClassification", **options: Any) -> nn.Module:
+    """A model with random weights: a classifier, or what another `head` says."""
     transformers = importlib.import_module("transformers")
     prefix, settings = CONFIGS[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = getattr(transformers, f"{prefix}Config")(**settings, **options)
-        model: nn.Module = getattr(transformers, f"{prefix}ForSequenceClassification")(config)
+        model: nn.Module = getattr(transformers, prefix + head)(config)
     return model.train()
 
 
-def make_inputs(name: str, shape: Shape, device: str, seed: int) -> ModelInputs:
+def _texts(shape: Shape, g: torch.Generator) -> dict[str, Tensor]:
     """B, S, mean: ragged texts of random words."""
     B, S, mean = shape
-    g = torch.Generator().manual_seed(seed)
     lengths = (mean * torch.exp(0.6 * torch.randn(B, generator=g) - 0.18)).round().long().clamp(4, S)
     mask = (torch.arange(S) < lengths[:, None]).long()
-    ids = torch.randint(1000, VOCABULARY, (B, S), generator=g) * mask
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(2, (B,), generator=g)}
-    model = make_model(name, seed, attn_implementation="eager").to(device)
+    return {"input_ids": torch.randint(1000, VOCABULARY, (B, S), generator=g) * mask, "attention_mask": mask}
+
+
+def make_inputs(name: str, shape: Shape, dtype: torch.dtype, device: str, seed: int) -> ModelInputs:
+    """A classifier of two classes."""
+    g = torch.Generator().manual_seed(seed)
+    batch = _texts(shape, g) | {"labels": torch.randint(2, shape[:1], generator=g)}
+    model = make_model(name, seed, attn_implementation="eager").to(device, dtype)
     return ModelInputs(name, model, {key: value.to(device) for key, value in batch.items()})
 
 
-def training_step(
-    model: nn.Module, batch: dict[str, Tensor], half: bool = False, **adam: Any
-) -> tuple[Callable[[], Tensor], Callable[[], dict[str, Tensor]]]:
-    """(a step, its update included; a call that gives loss and gradients, without dropout)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, **adam)
-    device = batch["labels"].device.type
-
-    def backward() -> Tensor:
-        optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=half):
-            loss: Tensor = model(**batch).loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    def step() -> Tensor:
-        loss = backward()
-        optimizer.step()
-        return loss
-
-    def named() -> dict[str, Tensor]:
-        with _evaluated(model):
-            loss = backward().detach().clone()
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return {"loss": loss} | grads
-
-    return step, named
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
+def make_regressor_inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> ModelInputs:
+    """DeBERTa, numeric columns and a categorical one."""
+    g = torch.Generator().manual_seed(seed)
+    B = shape[0]
+    batch = _texts(shape, g) | {
+        "numeric": torch.randn(B, NUMERIC, generator=g),
+        "categories": torch.randint(CATEGORIES, (B, 1), generator=g),
+        "bag_ids": torch.zeros(0, dtype=torch.int64),
+        "bag_offsets": torch.zeros(1, dtype=torch.int64),
+        "targets": torch.randn(B, generator=g),
+    }
+    encoder = make_model("deberta", seed, "Model")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = TextRegressor(encoder, numeric=NUMERIC, category_sizes=(CATEGORIES,), packed=False)
+    return ModelInputs("deberta", model.to(device, dtype), {key: value.to(device) for key, value in batch.items()})
 
 
 def rivals(inputs: ModelInputs) -> list[Rival]:
     """Transformers' ways, and fastseq's."""
     model, batch = inputs.model, inputs.batch
-    faster = _with_sdpa(copy.deepcopy(model))
     packed, half = copy.deepcopy(model), copy.deepcopy(model)
     for each in (packed, half):
         fastseq.patch(each, packed=True)
-    found = [
-        Rival("Hugging Face", *training_step(copy.deepcopy(model), batch)),
-        Rival("Hugging Face sdpa", *training_step(faster, batch)),
-        _packed(PACKED, packed, batch),
-        _packed(HALF, half, batch, half=True),
-    ]
-    if inputs.name == "deberta":
-        del found[1]
+    found = [Rival("Hugging Face", *training_step(copy.deepcopy(model), batch))]
+    if inputs.name != "deberta":
+        found.append(Rival("Hugging Face sdpa", *training_step(_with_sdpa(copy.deepcopy(model)), batch)))
+    found += [fused_rival("fastseq", packed, batch), fused_rival("fastseq", half, batch, half=True)]
     if inputs.name == "bert":
         small = make_model("distilbert", 0).to(batch["labels"].device)
         fastseq.patch(small, packed=True)
         # Another model: there is nothing to compare its result with.
         other = functools.partial(loss_and_gradients, inputs)
-        found.append(dataclasses.replace(_packed(DISTILBERT, small, batch, half=True), result=other))
+        found.append(
+            dataclasses.replace(fused_rival("fastseq", small, batch, half=True), name=DISTILBERT, result=other)
+        )
     return found
-
-
-def _packed(name: str, model: nn.Module, batch: dict[str, Tensor], half: bool = False) -> Rival:
-    step, named = training_step(model, batch, half=half, fused=True)
-    context = functools.partial(_keeping_memory, named)  # which updates no weights
-    return Rival(name, step, named, context, HALF_TOLERANCE if half else None)
-
-
-@contextlib.contextmanager
-def _keeping_memory(call: Callable[[], Any]) -> Iterator[None]:
-    """`host.keep_memory()`, with memory to keep; then what the C library itself ends up with as blocks are freed."""
-    kept = host.keep_memory()
-    try:
-        call()
-        yield
-    finally:
-        if kept:
-            trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-            libc = ctypes.CDLL(None)
-            libc.mallopt(mmap_threshold, 2**25)
-            libc.mallopt(trim_threshold, 2**26)
-            libc.malloc_trim(0)
 
 
 def loss_and_gradients(inputs: ModelInputs) -> dict[str, Tensor]:
@@ -207,11 +161,29 @@ def _with_sdpa(model: nn.Module) -> nn.Module:
     return model
 
 
-def relative_norm(result: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """The error of all gradients together, relative to their norm: some, of biases of keys, are 0 but for rounding."""
-    total = math.sqrt(sum(float(t.double().square().sum()) for t in truth.values()))
-    error = math.sqrt(sum(float((result[n].double() - t).square().sum()) for n, t in truth.items()))
-    return error / total
+class _Regressor(nn.Module):
+    """What a TextRegressor computes, in plain torch and one precision; its parameters have the same names."""
+
+    def __init__(self, like: TextRegressor) -> None:
+        super().__init__()
+        self.text, self.categories, self.output = like.text, like.categories, like.output
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        texts: Any = self.text
+        mask = batch["attention_mask"]
+        states = texts.encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        text = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        columns = torch.cat([batch["numeric"], text, self.categories[0](batch["categories"][:, 0])], 1)
+        predicted, target = self.output(columns)[:, 0].exp(), batch["targets"].exp()
+        return ((predicted - target).abs() / ((predicted + target) / 2)).mean()
+
+
+def regressor_loss_and_gradients(inputs: ModelInputs) -> dict[str, Tensor]:
+    """The regressor's definition in float64, without dropout."""
+    model = copy.deepcopy(inputs.model)
+    assert isinstance(model, TextRegressor)
+    batch = {name: x.double() if x.is_floating_point() else x for name, x in inputs.batch.items()}
+    return training_step(_Regressor(model).double(), batch)[1]()
 
 
 class _Given(nn.Module):

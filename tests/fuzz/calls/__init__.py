@@ -1,0 +1,1 @@
+"""Who draws calls of what: a module for each part of the package."""
