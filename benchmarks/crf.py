@@ -231,8 +231,8 @@ def _cases(
     def goals_of(shape: Shape) -> dict[str, float]:
         return {rival: by[shape] for rival, by in goals.items() if shape in by}
 
-    names = {"family": "crf", "suite": suite, "letters": LETTERS}
-    return cases_of(*where, make_inputs=make_inputs, goals=goals_of, **names, **fields)
+    fields |= {"family": "crf", "suite": suite, "letters": LETTERS}
+    return cases_of(*where, make_inputs=make_inputs, goals=goals_of, **fields)
 
 
 def accuracy(dtype: torch.dtype, device: str, T: int = 1024, tag_counts: Sequence[int] = ACCURACY_K) -> Table:

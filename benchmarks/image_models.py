@@ -19,7 +19,7 @@ from fastseq_benchmarks.training import fused_rival, training_step
 
 __all__ = ["ModelInputs", "loss_and_gradients", "make_inputs", "rivals"]
 
-CLASSES, WIDTHS, DEPTHS = 10, (32, 64, 128), (2, 2, 2)
+CLASSES, STEM, WIDTHS, DEPTHS = 10, 32, (64, 128, 256), (1, 1, 1)  # the recipe's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,12 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int) -> Mod
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = transformers.ResNetConfig(
-            num_channels=1, embedding_size=WIDTHS[0], hidden_sizes=WIDTHS, depths=DEPTHS, layer_type="basic"
+            num_channels=1,
+            embedding_size=STEM,
+            hidden_sizes=WIDTHS,
+            depths=DEPTHS,
+            layer_type="basic",
+            downsample_in_first_stage=True,
         )
         encoder = transformers.ResNetModel(config)
         small_stem(encoder)

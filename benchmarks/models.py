@@ -131,9 +131,9 @@ SYSTEMS = {
         image_models.rivals,
         image_models.loss_and_gradients,
         "B,side",
-        [(64, 28)],
+        [(128, 28)],
         (16, 28),
-        goals={(64, 28): {OURS + HALF: 2.0}},
+        goals={(128, 28): {OURS + HALF: 2.0}},
     ),
     "regressor": _System(
         encoder_models.make_regressor_inputs,

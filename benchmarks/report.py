@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fastseq_benchmarks.results import CaseResult, Report, RivalResult, Table
+from fastseq_benchmarks.revision import Pair
+from fastseq_benchmarks.runner import CONTROL_TOLERANCE
 from fastseq_benchmarks.stats import Estimate
 
-__all__ = ["case_table", "compare", "print_table", "verdict"]
+__all__ = ["case_table", "compare", "compare_in_turns", "print_table", "verdict"]
+
+BEYOND = 0.05  # two processes that run the same code differ by some percent: their memory lies elsewhere
 
 COLUMNS = [
     "rival",
@@ -153,14 +157,61 @@ def compare(old: Report, new: Report) -> tuple[Table, int]:
     return table, regressions
 
 
-def _change(old_case: CaseResult, new_case: CaseResult, old: RivalResult, new: RivalResult) -> str:
+def compare_in_turns(pairs: Iterable[Pair]) -> tuple[Table, int]:
+    """Two revisions, measured in turns; (the table, the number of regressions).
+
+    A rival has regressed where the interval of its time over its old time lies wholly beyond 1.05, and beyond that of
+    the baseline, which is other people's code and the same on both sides: that is the control. Where the baseline's
+    median is off by more than 10 %, nothing is flagged but what does not depend on time, as in `compare`.
+    """
+    columns = ["case", "rival", "old", "new", "new / old, 95 % interval", "verdict"]
+    table, regressions = Table("new against old, in turns", columns, []), 0
+    for pair in pairs:
+        was = {rival.name: rival for rival in pair.old.rivals}
+        for rival in pair.new.rivals:
+            if rival.name not in was or (rival.matches is None and rival.seconds is None):
+                continue
+            word, ratio = _change_in_turns(pair, was[rival.name], rival), pair.ratios.get(rival.name)
+            regressions += word.startswith("REGRESSION")
+            times = [_time(r.seconds) if r.seconds else r.note for r in (was[rival.name], rival)]
+            name = f"{pair.new.family} {pair.new.suite} {pair.new.shape}"
+            table.rows.append([name, rival.name, *times, _ratio(ratio), word])
+    return table, regressions
+
+
+def _change_in_turns(pair: Pair, old: RivalResult, new: RivalResult) -> str:
     """The verdict on one rival."""
+    ratio, base = pair.ratios.get(new.name), pair.new.baseline
+    control = pair.ratios.get(base) if not base.startswith("fastseq") else None
+    if worse := _worse(old, new):
+        return worse
+    if ratio is None:
+        return "not timed in both"
+    if control is not None and max(control.median, 1 / control.median) > 1 + CONTROL_TOLERANCE:
+        return "not judged"
+    if control is not None and new.name == base:
+        return "control"
+    low, high = (control.low, control.high) if control is not None else (1.0, 1.0)
+    if ratio.low > max(high, 1 + BEYOND):
+        return "REGRESSION: slower"
+    return "faster" if ratio.high < min(low, 1 / (1 + BEYOND)) else "same"
+
+
+def _worse(old: RivalResult, new: RivalResult) -> str:
+    """What is worse whatever the clock says, if anything."""
     if old.matches and new.matches is False:
         return "REGRESSION: its result is refused"
     for what in ("ops", "kept_bytes", "kernels", "waits"):
         a, b = getattr(old, what), getattr(new, what)
         if a is not None and b is not None and b > a:
             return f"REGRESSION: {what.replace('_', ' ')} {a} -> {b}"
+    return ""
+
+
+def _change(old_case: CaseResult, new_case: CaseResult, old: RivalResult, new: RivalResult) -> str:
+    """The verdict on one rival."""
+    if worse := _worse(old, new):
+        return worse
     if old.seconds is None or new.seconds is None:
         return "not timed in both"
     if not (old_case.judged and new_case.judged):

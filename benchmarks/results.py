@@ -9,7 +9,7 @@ from typing import Any
 
 from fastseq_benchmarks.stats import Estimate
 
-__all__ = ["CaseResult", "Report", "RivalResult", "Table", "load", "save"]
+__all__ = ["CaseResult", "Report", "RivalResult", "Table", "case_from", "load", "save"]
 
 FORMAT = 1
 
@@ -139,7 +139,7 @@ def load(path: Path) -> Report:
         return Report(
             machine=document["machine"],
             options=document["options"],
-            cases=[_case(case) for case in document["cases"]],
+            cases=[case_from(case) for case in document["cases"]],
             tables=[Table(**table) for table in document["tables"]],
         )
     except OSError as error:
@@ -148,7 +148,8 @@ def load(path: Path) -> Report:
         raise ValueError(f"{path}: not a report of fastseq bench: {error}") from None
 
 
-def _case(fields: dict[str, Any]) -> CaseResult:
+def case_from(fields: dict[str, Any]) -> CaseResult:
+    """A case back from its JSON."""
     rivals = [RivalResult(**{key: _estimate(value) for key, value in r.items()}) for r in fields["rivals"]]
     control = _estimate(fields["control"])
     return CaseResult(**{**fields, "control": control, "rivals": rivals})

@@ -30,7 +30,7 @@ from fastseq_benchmarks.floor import copy_sampler, fma_sampler
 from fastseq_benchmarks.results import CaseResult, RivalResult
 from fastseq_benchmarks.stats import estimate, paired_ratio
 
-__all__ = ["CONTROL_TOLERANCE", "Case", "Effort", "Rival", "Shape", "Suite", "round_robin", "run_case"]
+__all__ = ["CONTROL_TOLERANCE", "Case", "Effort", "Rival", "Run", "Shape", "Suite", "round_robin", "run_case"]
 
 CONTROL_TOLERANCE = 0.10  # of the medians
 CONTROL_SPREAD = 0.25  # of the interval of their ratio
@@ -137,34 +137,52 @@ class Effort:
     sample_s: float = 0.010
 
 
+class Run:
+    """A case under way: checked when it is made, then timed round by round, then evaluated.
+
+    Attributes:
+        out: The result so far.
+        tracks: What a round samples, in order; nothing where no rival is right.
+    """
+
+    def __init__(self, case: Case, effort: Effort, seed: int = 0) -> None:
+        self.case = case
+        dtype = str(case.dtype).removeprefix("torch.")
+        self.out = CaseResult(case.family, case.suite, case.letters, case.shape, dtype, case.device)
+        self.out.goals = dict(case.goals)
+        self.tracks: dict[str, Callable[[], float]] = {}
+        inputs = case.make_inputs(seed)
+        rivals, truth = case.rivals(inputs), case.truth(inputs)
+        self.out.rivals = [_gate(case, rival, truth) for rival in rivals]
+        del truth
+        self._admitted = [(rival, r) for rival, r in zip(rivals, self.out.rivals, strict=True) if not r.note]
+        baseline = next((rival for rival, _ in self._admitted if not rival.probe), None)
+        if baseline is None:
+            return
+        self.out.baseline = baseline.name
+        timer = clock(case.device)
+        self.tracks = {rival.name: _sampler(rival, effort.sample_s, timer) for rival, _ in self._admitted}
+        self._work = 0.0
+        if case.work is not None:
+            self.tracks[FLOOR], self._work = fma_sampler(case.device, case.dtype, timer), case.work(inputs)
+        if case.traffic is not None:
+            self.tracks[COPY], self.out.traffic_bytes = copy_sampler(case.device, timer), case.traffic(inputs)
+        self.tracks[CONTROL] = self.tracks[baseline.name]
+
+    def finish(self, samples: Mapping[str, list[float]]) -> CaseResult:
+        """The result of all rounds, and what a call costs besides time."""
+        if self.tracks:
+            _evaluate(self.out, samples, self._work)
+            for rival, result in self._admitted:
+                if not rival.probe:
+                    _measure(rival, result, self.case.device)
+        return self.out
+
+
 def run_case(case: Case, effort: Effort, seed: int = 0) -> CaseResult:
     """Check, time and measure all rivals of a case."""
-    dtype = str(case.dtype).removeprefix("torch.")
-    out = CaseResult(case.family, case.suite, case.letters, case.shape, dtype, case.device)
-    out.goals = dict(case.goals)
-    inputs = case.make_inputs(seed)
-    rivals, truth = case.rivals(inputs), case.truth(inputs)
-    out.rivals = [_gate(case, rival, truth) for rival in rivals]
-    del truth
-    admitted = [(rival, r) for rival, r in zip(rivals, out.rivals, strict=True) if not r.note]
-    baseline = next((rival for rival, _ in admitted if not rival.probe), None)
-    if baseline is None:
-        return out
-    out.baseline = baseline.name
-    timer = clock(case.device)
-    tracks = {rival.name: _sampler(rival, effort.sample_s, timer) for rival, _ in admitted}
-    if case.work is not None:
-        tracks[FLOOR] = fma_sampler(case.device, case.dtype, timer)
-    if case.traffic is not None:
-        tracks[COPY] = copy_sampler(case.device, timer)
-        out.traffic_bytes = case.traffic(inputs)
-    tracks[CONTROL] = tracks[baseline.name]
-    samples = round_robin(tracks, effort)
-    _evaluate(out, samples, case.work(inputs) if case.work is not None else 0.0)
-    for rival, result in admitted:
-        if not rival.probe:
-            _measure(rival, result, case.device)
-    return out
+    run = Run(case, effort, seed)
+    return run.finish(round_robin(run.tracks, effort) if run.tracks else {})
 
 
 def round_robin(tracks: Tracks, effort: Effort) -> dict[str, list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -93,11 +92,7 @@ def _keeping_memory(call: Callable[[], Any]) -> Iterator[None]:
         yield
     finally:
         if kept:
-            trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-            libc = ctypes.CDLL(None)
-            libc.mallopt(mmap_threshold, 2**25)
-            libc.mallopt(trim_threshold, 2**26)
-            libc.malloc_trim(0)
+            host.keep_memory(False)
 
 
 def relative_norm(result: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:

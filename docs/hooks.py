@@ -10,6 +10,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
+
+from fastseq.recipes import RECIPES
+from fastseq.recipes.compare.show import around_in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -76,7 +80,7 @@ def _takers(op: Any, samples: list[Any], capability: tuple[int, int] | None, rea
                 continue
             refusals = [backend.why_not(*args) for args in samples]
             if not all(refusals):
-                cells.append(backend.name + "*" * any(refusals))
+                cells.append(backend.name + "\\*" * any(refusals))
             for reason in filter(None, refusals):
                 short = re.sub(r",? (got|this one is) .*", "", reason)  # without what came in this sample or that
                 if short not in reasons.setdefault(backend.name, []):
@@ -155,6 +159,62 @@ def _cases(data: dict[str, Any]) -> Iterator[str]:
             yield f"| {what} | {rival['name']} | {1e3 * time:.3g} ms | {speed} | {judged} |"
 
 
+def guide(recipe: str) -> str:
+    """What `fastseq compare` measured of a recipe: in a sentence, drawn, and as tables."""
+    path = RESULTS / f"compare-{recipe}.json"
+    data = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if "alone" not in data:  # nothing, or the file of an older version
+        return f"Not measured yet: `fastseq compare {recipe}`."
+    return "\n".join(_guide(path, data))
+
+
+def _guide(path: Path, data: dict[str, Any]) -> Iterator[str]:
+    plain, *_, last = data["levers"]
+    unit, count = data["unit"], data["train_examples"]
+    rates = [row["examples_per_s"] for row in (plain, last)]
+    batch = data["config"]["train"]["batch_size"]
+    yield f"Measured ({data['title'].partition(': ')[2]}, {data['machine']['cpu']}), plain against all levers:\n"
+    yield "| | plain | all levers | |\n|---|---|---|---|"
+    gain = f"**{last['speedup']:.2f}x**"
+    yield f"| {unit} a second | {rates[0]:,.0f} | {rates[1]:,.0f} | {gain} |"
+    yield f"| a batch of {batch} | {plain['step_ms']:,.0f} ms | {last['step_ms']:,.0f} ms | |"
+    minutes = [count / rate / 60 for rate in rates]
+    yield f"| an epoch of {count:,} {unit}, computed | {minutes[0]:.1f} min | {minutes[1]:.1f} min | |"
+    yield from (f"| {row[0]} | {row[1]} | {row[2]} | |" for row in _quality(data))
+    yield f"\nPlain is {data['plain']}; two runs of it disagree by {100 * data['control_disagreement']:.1f} %.\n"
+    if _drawing(path, data) is not None:
+        yield f"![{path.stem}](results/{path.stem}.png)\n"
+    yield "| a lever more each time | a second | gain | in all | dev loss | peak MB |\n|---|---|---|---|---|---|"
+    for row in data["levers"]:
+        gains = f"{row['gain']:.2f}x | {row['speedup']:.2f}x | {row['dev_loss']:.3f} | {_megabytes(row)}"
+        yield f"| {row['name']} | {row['examples_per_s']:,.0f} | {gains} |"
+    head = ("each alone, on top of what was kept", "a second", "gain", "dev loss", "peak MB", "changes")
+    yield f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|"
+    for row in data["alone"]:
+        apart = row.get("control_disagreement")
+        gain = f"{row['gain']:.2f}x" if apart is None else f"{100 * apart:.1f} % apart"
+        cells = f"{gain} | {row['dev_loss']:.3f} | {_megabytes(row)} | {row['changes']}"
+        yield f"| {row['name']} | {row['examples_per_s']:,.0f} | {cells} |"
+    yield ""
+    yield from (f"- {around_in_words(row)}" for row in data["around"])
+    yield from (f"- Not tried: {item['name']}: {item['why']}." for item in data["not_tried"])
+
+
+def _quality(data: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The scores of both versions after the same training examples."""
+    if "quality" not in data:
+        return
+    plain, fast = data["quality"]
+    for part in ("dev", "test"):
+        if part in plain:
+            scores = [f"{row[part][data['score']]:.2f}" for row in (plain, fast)]
+            yield f"{part} {data['score']} after the same {plain['examples']:,} {data['unit']}", *scores
+
+
+def _megabytes(row: dict[str, Any]) -> str:
+    return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
+
+
 def _drawing(path: Path, data: dict[str, Any]) -> Path | None:
     """The drawing beside a file of results, or else one that is made now; None where there is nothing to draw."""
     for suffix in (".png", ".svg"):
@@ -174,3 +234,4 @@ def _drawing(path: Path, data: dict[str, Any]) -> Path | None:
 
 
 GENERATED = {"support": support, "results": results}
+GENERATED |= {f"guide_{recipe}": partial(guide, recipe) for recipe in RECIPES}

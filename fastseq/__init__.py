@@ -22,7 +22,7 @@ except Exception as error:  # torch or numpy is broken: `fastseq info` must stil
 else:
     _broken = None
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = ["explain", "functional", "info", "nn", "ops", "patch", "profile", "unpatch", "use"]
 
 

@@ -424,7 +424,7 @@ def _cpu_features() -> dict[str, Any]:
     return {"model": fields.get("model name", ""), "features": found, "isa": isa}
 
 
-def keep_memory() -> bool:
+def keep_memory(on: bool = True) -> bool:
     """Have this process keep the memory that it frees, for its next allocation, from now on.
 
     By default glibc gives large blocks back to the system at once, and gets them anew, page by page and zeroed, in the
@@ -433,11 +433,18 @@ def keep_memory() -> bool:
 
         MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647 python ...
 
+    Args:
+        on: False gives it back, and has what glibc itself ends up with as large blocks are freed.
+
     Returns:
         Whether the C library took it: False if that is not glibc, or not a Linux.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     if platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, 2**31 - 1))
+    libc = ctypes.CDLL(None)
+    mmap_from, trim_from = (1 << 30, 2**31 - 1) if on else (1 << 25, 1 << 26)
+    taken = bool(libc.mallopt(mmap_threshold, mmap_from)) and bool(libc.mallopt(trim_threshold, trim_from))
+    if not on:
+        libc.malloc_trim(0)
+    return taken

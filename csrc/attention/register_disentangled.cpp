@@ -113,7 +113,8 @@ class Arguments {
 
   void add(int64_t b, int64_t first, int64_t length, int64_t max_length) {
     check(length <= max_length, "cu_seqlens: got a sequence of " + std::to_string(length) +
-                                    " tokens, wanted max_length = " + std::to_string(max_length) + " at most");
+                                    " tokens, wanted max_length = " + std::to_string(max_length) +
+                                    " at most");
     longest_ = length > longest_ ? length : longest_;
     problem.sequences.push_back({b, first, length});
   }

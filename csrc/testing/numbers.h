@@ -29,15 +29,15 @@ inline std::vector<double> loaded(const Memory<char>& from, Type type) {
   return out;
 }
 
-// Relative to the largest number, or to 1 if that is larger; what is not finite is the same.
+// `close`, or near relative to the largest number.
 inline void check_near(const char* what, const std::vector<double>& got, const std::vector<double>& want,
                        double tolerance) {
   CHECK(got.size() == want.size());
-  double size = 1;
+  double size = 0;
   for (const double x : want)
     if (std::isfinite(x)) size = std::max(size, std::fabs(x));
   for (size_t i = 0; i < want.size(); ++i) {
-    if (got[i] == want[i] || (std::isnan(got[i]) && std::isnan(want[i]))) continue;
+    if (close(got[i], want[i], tolerance)) continue;
     if (std::isfinite(want[i]) && std::fabs(got[i] - want[i]) <= tolerance * size) continue;
     if (report(__FILE__, __LINE__)) std::printf("%s[%zu] is %.9g, wanted %.9g\n", what, i, got[i], want[i]);
   }

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseq.functional.attention import check_dropout
+from fastseq.functional.attention_arguments import check_dropout, check_slopes, check_window, draw_seed
 from fastseq.functional.checks import INTEGERS, WORKING, expect, integer, number
 from fastseq.ops.attention import dot_product
 from fastseq.ops.attention.dropout import keep_mask
@@ -48,11 +48,9 @@ def attend(
     Returns:
         out, or with return_attn_probs (out, softmax_lse, S_dmask), as flash_attn's functions do.
     """
-    dropout, (left, right) = check_dropout(settings.dropout_p), _window(settings.window_size)
-    slopes = _slopes(q, settings.alibi_slopes, len(q) if bounds is None else len(bounds[0]) - 1)
-    seed = None
-    if dropout:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    dropout, (left, right) = check_dropout(settings.dropout_p), check_window(settings.window_size, any_negative=True)
+    slopes = check_slopes(settings.alibi_slopes, q, len(q) if bounds is None else len(bounds[0]) - 1)
+    seed = draw_seed(dropout, q)
     scale = q.shape[-1] ** -0.5 if settings.softmax_scale is None else number("softmax_scale", settings.softmax_scale)
     numbers = scale, bool(settings.causal), left, right, max(number("softcap", settings.softcap), 0.0), dropout
     packed = bounds is not None
@@ -105,21 +103,3 @@ def check_lengths(name: str, lengths: Tensor, letters: str, size: int | None, q:
     some = lengths.shape[0] if isinstance(lengths, Tensor) and lengths.dim() and lengths.numel() else 1
     expect(name, lengths, letters, (some if size is None else size,), q, INTEGERS, lead="q")
     return lengths.int()
-
-
-def _window(window_size: Any) -> tuple[int, int]:
-    """As for the op; flash_attn takes any negative number as no limit."""
-    if isinstance(window_size, Tensor) or not isinstance(window_size, Sequence) or len(window_size) != 2:
-        raise TypeError(f"window_size: got {window_size!r}, wanted two ints, (left, right)")
-    left, right = (max(integer("window_size", x), -1) for x in window_size)
-    return left, right
-
-
-def _slopes(q: Tensor, slopes: Tensor | None, count: int) -> Tensor | None:
-    if slopes is None:
-        return None
-    heads = q.shape[-2]
-    per_row = isinstance(slopes, Tensor) and slopes.dim() == 2
-    letters, shape = ("(B, Hq)", (count, heads)) if per_row else ("(Hq,)", (heads,))
-    expect("alibi_slopes", slopes, letters, shape, q, lead="q")
-    return slopes.detach().to(WORKING[q.dtype])

@@ -12,6 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastseq.functional.attention_arguments import (
+    check_dropout,
+    check_slopes,
+    check_window,
+    draw_seed,
+    under_autocast,
+)
 from fastseq.functional.checks import (
     INTEGERS,
     WORKING,
@@ -100,13 +107,12 @@ def attention(
     """
     _check(q, k, v, packed=cu_seqlens_q is not None or cu_seqlens_k is not None)
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    q, k, v = _under_autocast(q, k, v)
-    bias, slopes = _bias(attn_bias, q, sequences), _slopes(alibi_slopes, q, sequences)
+    q, k, v = under_autocast(q, k, v)
+    bias, slopes = _bias(attn_bias, q, sequences), check_slopes(alibi_slopes, q, sequences.number)
     lengths = _key_lengths(key_lengths, q, sequences)
-    dropout, seed = check_dropout(dropout_p), None
     check_generator(generator)
-    if dropout:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device, generator=generator)
+    dropout = check_dropout(dropout_p)
+    seed = draw_seed(dropout, q, generator)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else number("softmax_scale", softmax_scale)
     numbers = scale, bool(causal), *check_window(window_size), _check_softcap(softcap), dropout
     packed = sequences.offsets_q is not None
@@ -127,30 +133,6 @@ class _Sequences(NamedTuple):
     max_q: int
     max_k: int
     number: int
-
-
-def check_dropout(dropout_p: Any) -> float:
-    """Check a dropout probability."""
-    if isinstance(dropout_p, Tensor):
-        raise TypeError(
-            "dropout_p: got a Tensor; flash_attn's 4th positional argument is dropout_p, a mask belongs in "
-            "attn_bias / key_lengths"
-        )
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, wanted a number")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: got {dropout_p}, wanted at least 0 and less than 1")
-    return float(dropout_p)
-
-
-def check_window(window_size: Any) -> tuple[int, int]:
-    """Check how many keys are seen to the left and to the right."""
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(f"window_size: got {window_size!r}, wanted two ints, (left, right)")
-    left, right = (integer("window_size", x) for x in window_size)
-    if min(left, right) < -1:
-        raise ValueError(f"window_size: got {(left, right)}, wanted 0 or more each, or -1 for no limit")
-    return left, right
 
 
 def _check_softcap(softcap: float) -> float:
@@ -197,15 +179,6 @@ def _sequences(
     return _Sequences(offsets_q, offsets_k, max_q, max_k, len(offsets_q) - 1)
 
 
-def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's dtype, if that is on; float64 stays."""
-    q = tensors[0]
-    dtype = autocast_dtype(q)
-    if dtype is None:
-        return tensors
-    return tuple(x.to(q.dtype if q.dtype == torch.float64 else dtype) for x in tensors)
-
-
 def _bias(bias: Tensor | None, q: Tensor, sequences: _Sequences) -> Tensor | None:
     """The bias in four dimensions, of q's dtype or of the result's."""
     if bias is None:
@@ -223,16 +196,6 @@ def _bias(bias: Tensor | None, q: Tensor, sequences: _Sequences) -> Tensor | Non
     if any(size not in (1, wanted) for size, wanted in zip(four.shape, whole, strict=True)):
         raise ValueError(f"attn_bias: got shape {tuple(bias.shape)}, wanted one that broadcasts to {whole}")
     return four if four.dtype == q.dtype else four.to(WORKING[q.dtype])
-
-
-def _slopes(slopes: Tensor | None, q: Tensor, sequences: _Sequences) -> Tensor | None:
-    if slopes is None:
-        return None
-    heads = q.shape[-2]
-    rows = isinstance(slopes, Tensor) and slopes.dim() == 2
-    shape, letters = ((sequences.number, heads), "(B, Hq)") if rows else ((heads,), "(Hq,) or (B, Hq), here (Hq,)")
-    expect("alibi_slopes", slopes, letters, shape, q, lead="q")
-    return slopes.detach().to(WORKING[q.dtype])
 
 
 def _key_lengths(lengths: Tensor | None, q: Tensor, sequences: _Sequences) -> Tensor | None:

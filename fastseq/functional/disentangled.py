@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastseq.functional.attention import check_dropout
+from fastseq.functional.attention_arguments import check_dropout, draw_seed, under_autocast
 from fastseq.functional.checks import (
     INTEGERS,
     WORKING,
@@ -83,7 +83,7 @@ def disentangled_attention(
     Source: He et al. 2021 (DeBERTa, arXiv 2006.03654), section 3.1.
     """
     _check(q, k, v, pos_key, pos_query)
-    q, k, v, pos_key, pos_query = _under_autocast(q, k, v, pos_key, pos_query)
+    q, k, v, pos_key, pos_query = under_autocast(q, k, v, pos_key, pos_query)
     dense = cu_seqlens is None
     if q.dim() != (4 if dense else 3):
         wanted = "(B, S, H, D)" if dense else "(total, H, D), with cu_seqlens"
@@ -192,15 +192,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, pos_key: Tensor | None, pos_query: T
             expect(name, table, "(P, H, D)", (slots, *q.shape[-2:]), q, dtypes, lead="q")
     if pos_key is not None and pos_query is not None and len(pos_key) != len(pos_query):
         raise ValueError(f"pos_query: got {len(pos_query)} slots, wanted {len(pos_key)}, as pos_key has")
-
-
-def _under_autocast(*tensors: Any) -> list[Any]:
-    """In autocast's dtype, if that is on; float64 stays."""
-    q = tensors[0]
-    dtype = autocast_dtype(q)
-    if dtype is None or q.dtype == torch.float64:
-        return list(tensors)
-    return [None if x is None else x.to(dtype) for x in tensors]
 
 
 def _check_lengths(q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -78,12 +78,12 @@ class Profile:
         for phase in self.phases:
             whole.add(phase)
         on_gpu = ["GPU ms", "launches"] if self.launches else []
-        lines = [["", "ms", "share", "forward", "backward", "calls", "kept MB", *on_gpu]]
+        lines = [["", "ms", "share", "fwd", "bwd", "calls", "kept MB", *on_gpu]]
         for phase in (*self.phases, whole):
             times = (phase.forward_ms, phase.backward_ms)
-            shown = [f"{phase.ms:.2f}", f"{phase.share:.1%}", *(f"{ms:.2f}" if ms >= 0.005 else "" for ms in times)]
+            shown = [_ms(phase.ms), f"{phase.share:.1%}", *(_ms(ms) if ms >= 0.005 else "" for ms in times)]
             kept = _mb(phase.kept_bytes) if phase.kept_bytes else ""
-            gpu = [f"{phase.gpu_ms:.2f}", f"{phase.launches:.0f}"] if on_gpu else []
+            gpu = [_ms(phase.gpu_ms), f"{phase.launches:.0f}"] if on_gpu else []
             lines.append([phase.name, *shown, f"{phase.calls:.0f}" if phase.calls else "", kept, *gpu])
         return lines
 
@@ -199,3 +199,7 @@ def _in_words(device: torch.device) -> str:
 
 def _mb(size: float) -> str:
     return f"{size / 1e6:.1f}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from fastseq import host
@@ -33,7 +32,7 @@ MUCH_LOADING = 0.1
 MUCH_OPTIMIZER = 0.05
 MUCH_PADDING = 0.15
 MANY_PRODUCTS = 0.3
-MANY_CALLS = 300
+MANY_CALLS, SMALL_CALL_US = 300, 20
 IDLE_GPU, ROOM_ON_GPU = 70.0, 0.5
 
 
@@ -122,10 +121,11 @@ def _optimizer(found: Evidence) -> str | None:
 
 def _padding(found: Evidence) -> str | None:
     """Of the outermost module that pays for padding: fastseq's own, patched ones included, do not."""
-    patched = [path for path, module in found.marks.modules.items() if _is_ours(module)]
+    modules = found.marks.modules
+    patched = [path for path, module in modules.items() if is_patched(module)]
     for path, (real, every) in sorted(found.inputs.positions.items(), key=lambda item: len(item[0])):
-        inside = any(path[: len(outer)] == outer and len(outer) > 1 for outer in patched)
-        if _is_ours(found.marks.modules[path]) or inside or real > (1 - MUCH_PADDING) * every:
+        ours = type(modules[path]).__module__.startswith(("fastseq.nn", "fastseq.models"))
+        if ours or any(path[: len(outer)] == outer for outer in patched) or real > (1 - MUCH_PADDING) * every:
             continue
         return (
             f"{1 - real / every:.0%} of a batch's positions are padding ({real} of {every} are real), as "
@@ -135,17 +135,16 @@ def _padding(found: Evidence) -> str | None:
     return None
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(("fastseq.nn", "fastseq.models")) or is_patched(module)
-
-
 def _python(found: Evidence) -> str | None:
-    share, calls = found.whole.python_ms / found.step_ms, found.whole.calls
-    if share < MUCH_PYTHON or calls < MANY_CALLS:
+    whole, calls = found.whole, found.whole.calls
+    if calls < MANY_CALLS:
+        return None
+    share, call_us = whole.python_ms / found.step_ms, 1e3 * (whole.ms - whole.python_ms) / calls
+    if share < MUCH_PYTHON and call_us > SMALL_CALL_US:
         return None
     return (
-        f"{share:.0%} of the step is Python between {calls:.0f} operator calls: fewer and larger ones help (a loop "
-        "over time steps as one op, torch.compile, a larger batch)."
+        f"{calls:.0f} operator calls a step, of {call_us:.0f} us each, and {share:.0%} of the step is Python between "
+        "them: fewer and larger calls help (a loop over time steps as one op, torch.compile, a larger batch)."
     )
 
 

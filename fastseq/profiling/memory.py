@@ -61,8 +61,10 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
 
         def pack(tensor: Tensor) -> Tensor:
             self._saving = True
-            if tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() not in parameters:
-                self.live.add(tensor, place())
+            # While torch.compile traces, tensors have no memory.
+            if tensor.layout == torch.strided and tensor.untyped_storage().device.type != "meta":
+                if tensor.untyped_storage().data_ptr() not in parameters:
+                    self.live.add(tensor, place())
             return tensor
 
         def unpack(tensor: Tensor) -> Tensor:
@@ -87,5 +89,6 @@ class Watch(TorchDispatchMode):
         known = {id(value) for value in tree_leaves((args, kwargs))}
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and id(value) not in known and value._base is None:
-                self.live.add(value)
+                if value.untyped_storage().device.type != "meta":
+                    self.live.add(value)
         return result

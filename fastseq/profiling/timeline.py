@@ -201,7 +201,7 @@ class _Sweep:
                 self._settle(Key(STEP, False, True) if between else Key(place, True, False))
                 self._after_backward = True
             return _Frame(end, Key(place, True, False), "engine", False)
-        if parent.kind == "engine":
+        if parent.kind == "engine" and not name.startswith("aten::"):  # those add up what several nodes give one
             return _Frame(end, key._replace(python=not NOT_PYTHON.search(name)), "node", "Compiled" in name)
         if NOT_PYTHON.search(name):
             return _Frame(end, key._replace(python=False), "op", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ WORTH_SPLITTING = 0.15
 """The share of a step from which on a part is shown in its own parts."""
 
 WORTH_A_ROW = 0.005
-MOST_ROWS = 14
+ENOUGH_ROWS = 14
 
 LEAST = 0.1
 """What a place keeps of its time at least, however many marks there are in it."""
@@ -186,9 +187,12 @@ def _node(root: Node, path: Path, names: _Names) -> Node:
 
 
 def rows(root: Node) -> list[Phase]:
-    """The rows to show, in the order in which they first run; they add up to the step."""
+    """The rows to show, in the order in which they first run; they add up to the step.
+
+    A module in a list of layers is called by its name from the list on, where that tells all of them apart.
+    """
     own, whole = [root], list(root.parts.values())
-    while sum(node.whole.share >= WORTH_A_ROW for node in whole) < MOST_ROWS:
+    while sum(node.whole.share >= WORTH_A_ROW for node in whole) < ENOUGH_ROWS:
         worth = [node for node in whole if node.parts and (node.is_root or node.whole.share > WORTH_SPLITTING)]
         if not worth:
             break
@@ -200,10 +204,12 @@ def rows(root: Node) -> list[Phase]:
     found += [(node.first, replace(node.own, name=_own_name(node))) for node in own]
     found.sort(key=lambda pair: pair[0])
     shown = [row for _, row in found if row.share >= WORTH_A_ROW]
+    short = [re.sub(r"^[\w.]+\.(?=\w+\.\*)", "", row.name) for row in shown]
+    if len(set(short)) == len(short):
+        shown = [replace(row, name=name) for row, name in zip(shown, short, strict=True)]
     small = Phase("smaller parts")
-    for _, row in found:
-        if row.share < WORTH_A_ROW:
-            small.add(row)
+    for row in (row for _, row in found if row.share < WORTH_A_ROW):
+        small.add(row)
     return [*shown, small] if small.ms or small.kept_bytes else shown
 
 

@@ -6,35 +6,65 @@ that there is always a good one to go back to.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastseq.recipes.errors import CheckpointError
+from fastseq.recipes.errors import CheckpointError, WriteError
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path and gives the file its name when it is whole and on the disk."""
+def write_atomically(path: Path, write: Callable[[Path], object], keep_previous: bool = False) -> None:
+    """Calls `write` with a temporary path and gives the file its name when it is whole and on the disk.
+
+    Args:
+        path: the file.
+        write: writes it, to the path that it is given.
+        keep_previous: the file of that name goes to ``previous-<name>`` first.
+
+    Raises:
+        WriteError: it could not be written; what was at `path` is still there.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            if keep_previous and path.exists():
+                path.replace(previous(path))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must reach the disk too
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's errors inside it into one that names the file, and what to do.
+
+    Raises:
+        WriteError: from an OSError.
+    """
     try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must reach the disk too
-    finally:
-        os.close(folder)
+        yield
+    except OSError as error:
+        raise WriteError(
+            f"{path}: could not be written ({error.strerror or error}). What was there before is kept. Free some space, "
+            "or mend the folder's permissions, and start again with the same settings: the run goes on from its last "
+            "checkpoint"
+        ) from error
 
 
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
@@ -44,14 +74,16 @@ def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None
         path: the file.
         state: tensors and plain values.
         keep_previous: the file of that name goes to ``previous-<name>`` first.
+
+    Raises:
+        WriteError: it could not be written; the checkpoints that were there are still there.
     """
 
     def write(temporary: Path) -> None:
-        torch.save(state, temporary)
-        if keep_previous and path.exists():
-            path.replace(previous(path))
+        with temporary.open("wb") as file:  # of a path torch.save would not say why it cannot be written
+            torch.save(state, file)
 
-    write_atomically(path, write)
+    write_atomically(path, write, keep_previous)
 
 
 def save_json(path: Path, value: object) -> None:
@@ -129,7 +161,7 @@ def rng_state() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # what a recipe draws from
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of the one that the run is on
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
     }
@@ -139,7 +171,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Puts back what `rng_state` took."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

@@ -76,6 +76,8 @@ class RecipeConfig(Section):
     @classmethod
     def _named(cls, values: dict[str, Any]) -> dict[str, Any]:
         """A run's name takes the place of the last part of its directory: ``run_name=a`` is ``run_dir=runs/a``."""
+        if not isinstance(values, dict):  # pydantic says so
+            return values
         name, folder = values.get("run_name"), values.get("run_dir")
         if not isinstance(name, str) or folder is None:
             return values

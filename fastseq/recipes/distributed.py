@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from fastseq.recipes.batch_norm import share_statistics
 from fastseq.recipes.config import TrainConfig
 from fastseq.recipes.errors import ConfigError
 
@@ -89,8 +90,10 @@ def shared(model: nn.Module, accelerator: Accelerator, config: TrainConfig) -> n
     """
     alone = accelerator.num_processes == 1
     layers = _layers(model) if config.fsdp else []
-    if alone or not (config.fsdp or config.find_batch_size):
+    if alone:
         return cast(nn.Module, accelerator.prepare_model(model))
+    if not (config.fsdp or config.find_batch_size):
+        return cast(nn.Module, accelerator.prepare_model(share_statistics(model, accelerator.device)))
     model = accelerator.prepare_model(model, evaluation_mode=True)  # which leaves DDP out
     for tensor in (*model.parameters(), *model.buffers()):
         torch.distributed.broadcast(tensor.detach(), src=0)

@@ -172,11 +172,14 @@ def make_encoder(shape: str, key: str = "model.encoder.shape") -> nn.Module:
     Raises:
         ConfigError: transformers knows no such model type, or not these settings; names the key.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModel
 
     values, models = json.loads(shape), cast(Any, AutoModel)
     try:
         return cast(nn.Module, models.from_config(AutoConfig.for_model(values.pop("model_type"), **values)))
+    except StrictDataclassError as error:
+        raise ConfigError(f"{key}: {_first_line(error.__cause__ or error)}") from None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{key}: {_first_line(error)}") from None
 
@@ -221,7 +224,7 @@ def _no_progress_bar() -> Iterator[None]:
             settings.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -21,3 +21,7 @@ class FetchError(RecipeError):
 
 class CheckpointError(RecipeError):
     """A checkpoint that is missing, damaged or of another kind."""
+
+
+class WriteError(RecipeError):
+    """A file that could not be written: the disk is full, or the folder is not the user's."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from fastseq.recipes.config import differences
 
 FORMAT = 1
 """Of the files; another number is another key."""
+
+MAPPED = 1 << 30
+"""Bytes of a file from which on its arrays are read where they lie, since they may not fit into memory."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,6 +69,8 @@ def cached(
         say(f"feature cache: {reason}; making it anew")
     arrays = make()
     _write(path, full, arrays)
+    if path.stat().st_size >= MAPPED:
+        arrays = _arrays(path)
     for other in stale:
         other.unlink(missing_ok=True)
         other.with_suffix(".json").unlink(missing_ok=True)
@@ -89,10 +95,28 @@ def _read(path: Path, key: dict[str, Any]) -> tuple[Arrays | None, str]:
             return None, f"{path.name} has {size} bytes, not {about['bytes']}"
         if file_hash(path) != about["sha256"]:
             return None, f"the checksum of {path.name} is wrong"
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file.items()), ""
+        return _arrays(path), ""
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         return None, f"{path.name} cannot be used ({type(error).__name__}: {error})"
+
+
+def _arrays(path: Path) -> Arrays:
+    """The arrays of a file, in memory or, of a large one, mapped into it."""
+    if path.stat().st_size < MAPPED:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file.items())
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        return {info.filename.removesuffix(".npy"): _mapped(file, info) for info in archive.infolist()}
+
+
+def _mapped(file: BinaryIO, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array of the archive, which is stored in it as the .npy file that it is."""
+    file.seek(info.header_offset + 26)
+    name, extra = struct.unpack("<HH", file.read(4))
+    file.seek(info.header_offset + 30 + name + extra)
+    np.lib.format.read_magic(file)  # 1.0: only structured arrays have another
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def _write(path: Path, key: dict[str, Any], arrays: Arrays) -> None:

@@ -112,7 +112,7 @@ def profile(
 def show(title: str, found: Profile, console: Console) -> None:
     """Prints the phases as a table, and what they say."""
     heading, *lines, whole = found.cells()
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(heading):
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     for line in lines:

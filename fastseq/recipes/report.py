@@ -23,6 +23,7 @@ from rich.progress import (
 from torch import Tensor
 
 from fastseq.gpu_watch import GpuWatch
+from fastseq.recipes.checkpoint import write_atomically, writing
 from fastseq.recipes.config import RecipeConfig
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Reporter:
             "best_step": position.best_step,
             **({"gpu": gpu.as_dict()} if gpu is not None else {}),
         }
-        with self.log.open("a", encoding="utf-8") as file:
+        with writing(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.board is not None:
             for name, value in metrics.items():
@@ -150,4 +151,4 @@ def _drop_after(log: Path, step: int) -> None:
             continue
         if value["step"] <= step:
             kept.append(line + "\n")
-    log.write_text("".join(kept), "utf-8")
+    write_atomically(log, lambda temporary: temporary.write_text("".join(kept), "utf-8"))

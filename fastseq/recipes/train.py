@@ -275,10 +275,16 @@ def _claim(config: RecipeConfig) -> dict[str, float] | None:
     file, finished = folder / "config.yaml", folder / "test.json"
     resolved = config.model_dump(mode="json")
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        with checkpoint.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         checkpoint.write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8"))
-    old = type(config).model_validate(yaml.safe_load(file.read_text("utf-8")))
+    try:
+        old = type(config).model_validate(yaml.safe_load(file.read_text("utf-8")))
+    except (ValueError, yaml.YAMLError):
+        raise ConfigError(
+            f"run_dir: {file} is not a configuration that this version knows; choose another run_dir, or delete {folder}"
+        ) from None
     changed = differences(
         old.model_dump(mode="json", exclude=NOT_THE_RESULT),
         config.model_dump(mode="json", exclude=NOT_THE_RESULT),

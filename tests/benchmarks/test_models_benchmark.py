@@ -38,9 +38,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of a few weights, and little effort."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(cli, "QUICK", Effort(budget_s=0.0, min_rounds=2, sample_s=0.0))
-    configs = {name: (cls, options | TINY[name]) for name, (cls, options) in encoder_models.CONFIGS.items()}
+    configs = {
+        name: (cls, options | TINY[name] | {"vocab_size": 1100})
+        for name, (cls, options) in encoder_models.CONFIGS.items()
+    }
     monkeypatch.setattr(encoder_models, "CONFIGS", configs)
+    monkeypatch.setattr(encoder_models, "VOCABULARY", 1100)
     monkeypatch.setattr(tagger_models, "HIDDEN", 8)
+    monkeypatch.setattr(tagger_models, "VOCABULARIES", (40, 200))
     monkeypatch.setattr(pointer_models, "HIDDEN", 8)
     monkeypatch.setattr(pointer_models, "EMBEDDING", 6)
     monkeypatch.setattr(image_models, "WIDTHS", (4, 8))

@@ -148,3 +148,5 @@ def test_keeps_memory() -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     assert min(faults() for _ in range(5)) < 8  # of at least 32, where pages are huge
+    assert host.keep_memory(False)
+    assert min(faults() for _ in range(5)) >= 32

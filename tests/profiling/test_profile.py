@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastseq
 from fastseq.profiling import Phase, Profile
 from fastseq.profiling.advice import NOTHING
-from fastseq.profiling.tree import MOST_ROWS
+from fastseq.profiling.tree import ENOUGH_ROWS
 
 STEPS = 3
 
@@ -105,7 +105,7 @@ def test_the_table_adds_up(known: Profile) -> None:
     for row in known.phases:
         assert row.forward_ms + row.backward_ms == pytest.approx(row.ms)
     names = [row.name for row in known.phases]
-    assert len(names) == len(set(names)) <= MOST_ROWS
+    assert len(names) == len(set(names)) <= ENOUGH_ROWS
     assert names.index("layers.* (Slow)") < names.index("other (Slow)") < names.index("smaller parts")
     table = str(known)
     assert "layers.* (Slow)" in table
@@ -187,13 +187,13 @@ def test_many_small_calls_are_told() -> None:
 
     def step() -> None:
         x = weight
-        for i in range(400):
-            x = x + sum(range(i))
+        for _ in range(400):
+            x = x + sum(range(1000))
         x.sum().backward()
 
     found = fastseq.profile(step, steps=STEPS)
     assert found.calls > 400
-    assert any("Python between 4" in said for said in found.advice)
+    assert any(said.startswith("40") and "is Python between them" in said for said in found.advice)
 
 
 def test_what_patch_would_change_can_be_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

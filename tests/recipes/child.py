@@ -1,14 +1,23 @@
-"""What test_resume.py runs in a process of its own: ``overrides`` and ``die_at_rename`` are given to it."""
+"""What tests run in a process of its own: given are a ``recipe``, ``overrides``, and what is to happen to it.
+
+``die_at_rename``: it kills itself before its n-th rename of a file. ``file_limit``: no file can be larger, in bytes.
+What the user would read of an error is left in ``<run_dir>-error.txt``.
+"""
 
 import os
+import resource
 import signal
+from pathlib import Path
 
-from fastseq.recipes import get
+from fastseq.recipes import RECIPES, get
 from fastseq.recipes.config import load
+from fastseq.recipes.errors import RecipeError
 from fastseq.recipes.train import run
 
+recipe: str = globals()["recipe"]
 overrides: list[str] = globals()["overrides"]
 countdown: int = globals()["die_at_rename"]
+limit: int | None = globals()["file_limit"]
 rename = os.replace
 
 
@@ -21,4 +30,12 @@ def replace_or_die(source: object, target: object) -> None:
 
 
 os.replace = replace_or_die  # type: ignore[assignment]
-run(load(get("tagger").Config, "fastseq.recipes.tagger", None, overrides), get("tagger").build)
+if limit is not None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond it then fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+config = load(get(recipe).Config, RECIPES[recipe], None, overrides)
+try:
+    run(config, get(recipe).build)
+except RecipeError as error:
+    Path(f"{config.run_dir}-error.txt").write_text(f"{type(error).__name__}: {error}", "utf-8")
+    raise

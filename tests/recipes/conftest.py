@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 NAMES = {"PER": ["Ada", "Alan", "Grace"], "LOC": ["Paris", "Rome", "Oslo", "New York"]}
@@ -100,41 +103,108 @@ def quiet() -> list[str]:
     return QUIET
 
 
+def review(rng: random.Random) -> dict[str, Any]:
+    """A row of which a recipe on text can learn something: two words say the label and the target."""
+    up, words = rng.random() < 0.5, rng.choices(["film", "plot", "the", "a", "and", "with"], k=rng.randint(1, 9))
+    words.insert(rng.randrange(len(words)), rng.choice(["good", "fine"] if up else ["bad", "poor"]))
+    parts, kind = rng.randint(0, 30), rng.choice("xyz")
+    return {
+        "text": " ".join(words),
+        "label": "up" if up else "down",
+        "source": f"{' '.join(words)} is a film.",
+        "target": f"a film {words[0]}",
+        "parts": parts,
+        "kind": kind,
+        "price": math.exp(parts / 10 + "xyz".index(kind) + up),
+    }
+
+
 @pytest.fixture(scope="session")
-def recipes(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict[str, list[str]]:
-    """Settings of each recipe, without dropout, on 13 examples of 1 to 9 words: at 4 a batch, one is left over."""
-    files = small_files(tmp_path_factory.mktemp("small"))
-    common = [*QUIET, "train.batch_size=4", "train.accumulate=2", "train.warmup_steps=0", "train.lr=0.01"]
-    common += ["train.clip=null", "model.dropout=0.0"]
-    table = ["data.name=table", *files["table"]]
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three files of JSON lines, which serve every recipe on text."""
+    folder, rng = tmp_path_factory.mktemp("rows"), random.Random(0)
+    files = {}
+    for part, count in (("train", 90), ("dev", 20), ("test", 20)):
+        files[part] = folder / f"{part}.jsonl"
+        files[part].write_text("".join(json.dumps(review(rng)) + "\n" for _ in range(count)), "utf-8")
+    return files
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small PNG files, a sub-folder for each of two classes."""
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number, kind in enumerate(("dark", "light")):
+        (folder / kind).mkdir()
+        for i in range(60):
+            pixels = rng.integers(100 * number, 100 * number + 150, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / kind / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(
+    conll: dict[str, Path], reviews: dict[str, Path], images: Path, tiny_encoder: Path
+) -> Callable[[str, Path], list[str]]:
+    """The settings of a run of a second or two of any recipe, in which every kind of state matters to the result."""
+    rows = [f"data.{part}={path}" for part, path in reviews.items()]
+    loop = ["train.epochs=3", "train.batch_size=4", "train.accumulate=2", "train.lr=0.01", "train.warmup_steps=5"]
+    loop += ["train.eval_every=7", "train.save_every=3", "train.patience=4", *QUIET]
+    shape = "{model_type: deberta-v2, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,"
+    shape += " intermediate_size: 24, relative_attention: true, pos_att_type: [p2c, c2p], position_buckets: 4}"
+    encoder = [f"model.encoder.checkpoint={tiny_encoder}", "model.encoder.max_length=16"]
+    of = {
+        "summarizer": ["data.name=jsonl", *rows, "data.min_count=2", "data.max_target=5", "model.embedding_dim=8"]
+        + ["model.hidden_size=8", "model.dropout=0.1", "decoding.beam_size=2"],
+        "classifier": ["data.name=table", *rows, "data.text=text", "data.label=label", *encoder],
+        "regressor": ["data.name=table", *rows, "data.target=price", "data.text=[text]", "data.numeric=[parts]"]
+        + ["data.categorical=[kind]", "data.bags=[text]", "model.bag_size=64"]
+        + [f"model.encoder={{tokenizer: {tiny_encoder}, max_length: 16, shape: {shape}}}"],
+        "image": ["data.name=folder", f"data.folder={images}", "model.shift=1"]
+        + ["model.shape={embedding_size: 4, hidden_sizes: [4, 8], depths: [1, 1]}"],
+    }
+
+    def settings(recipe: str, run_dir: Path) -> list[str]:
+        if recipe == "tagger":
+            return tiny_settings(conll, run_dir)
+        cache = [] if recipe == "summarizer" else [f"data.cache={run_dir}-cache"]
+        return [f"run_dir={run_dir}", *of[recipe], *loop, *cache]
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def recipes(conll: dict[str, Path], reviews: dict[str, Path], images: Path, tiny_encoder: Path) -> dict[str, list[str]]:
+    """Settings of each recipe, with no dropout and on 13 examples: at 4 a batch, one is left over."""
+    from fastseq.recipes.image.folder import read_folder
+
+    pictures = len(read_folder(images, "rgb", None, None).train)
+    rows = [f"data.{part}={path}" for part, path in reviews.items()]
+    loop = [*QUIET, "train.batch_size=4", "train.accumulate=2", "train.warmup_steps=0", "train.lr=0.01"]
+    loop += ["train.clip=null", "model.dropout=0.0"]
+    text = [*loop, "train.fraction=0.144", *rows]
     deberta = (
         "model_type: deberta-v2, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 24, "
         "relative_attention: true, position_buckets: 4, pos_att_type: [p2c, c2p], max_position_embeddings: 32"
     )
-    columns = ["data.target=size", "data.text=[text]", "data.numeric=[size]", "data.categorical=[label]"]
-    columns += ["data.bags=[text]", "model.bag_size=16", "model.bag_dropout=0.0", "model.encoder.dropout=0.0"]
     return {
-        "tagger": [*common, "data.name=conll", *files["conll"], "model.hidden_size=8"],
-        "summarizer": [*common, "data.name=jsonl", *files["jsonl"], "data.max_target=5", "model.hidden_size=8"],
-        "classifier": [*common, *table, f"model.encoder.checkpoint={tiny_encoder}", "model.encoder.dropout=0.0"],
-        "regressor": [*common, *table, f"model.encoder={{tokenizer: {tiny_encoder}, shape: {{{deberta}}}}}", *columns],
+        "tagger": [
+            *[*loop, "train.fraction=0.144", *[f"data.{part}={path}" for part, path in conll.items()]],
+            *["data.name=conll", "model.features={token: {size: 8}, bigram: null}", "model.hidden_size=8"],
+        ],
+        "summarizer": [*text, "data.name=jsonl", "data.max_target=5", "model.embedding_dim=8", "model.hidden_size=8"],
+        "classifier": [
+            *[*text, "data.name=table", f"model.encoder.checkpoint={tiny_encoder}", "model.encoder.dropout=0.0"],
+        ],
+        "regressor": [
+            *[*text, "data.name=table", "data.target=price", "data.text=[text]", "data.numeric=[parts]"],
+            *["data.categorical=[kind]", "data.bags=[text]", "model.bag_size=16", "model.bag_dropout=0.0"],
+            *[f"model.encoder={{tokenizer: {tiny_encoder}, shape: {{{deberta}}}}}", "model.encoder.dropout=0.0"],
+        ],
+        "image": [
+            *[*loop, f"train.fraction={13 / pictures}", "data.name=folder", f"data.folder={images}", "model.shift=0"],
+            *["model.flip=false", "model.shape={embedding_size: 4, hidden_sizes: [8], depths: [1], layer_type: basic}"],
+        ],
     }
-
-
-def small_files(folder: Path) -> dict[str, list[str]]:
-    """Sentences in each format that recipes read, and the settings that name the files."""
-    rng, files = random.Random(0), {"conll": list[str](), "jsonl": list[str](), "table": list[str]()}
-    for part, count in (("train", 13), ("dev", 6), ("test", 6)):
-        texts = [rng.choices(WORDS[:6], k=rng.randint(1, 9)) for _ in range(count)]
-        pairs = [{"source": " ".join(text), "target": " ".join(text[:3])} for text in texts]
-        rows = [{"text": " ".join(text), "label": text[0], "size": len(text) + 0.5} for text in texts]
-        contents = {
-            "conll": "\n\n".join("\n".join(f"{word} B-{word[0]}" for word in text) for text in texts) + "\n",
-            "jsonl": "".join(json.dumps(row) + "\n" for row in pairs),
-            "table": "".join(json.dumps(row) + "\n" for row in rows),
-        }
-        for kind, content in contents.items():
-            path = folder / f"{part}-{kind}.jsonl"
-            path.write_text(content, "utf-8")
-            files[kind].append(f"data.{part}={path}")
-    return files

@@ -170,7 +170,7 @@ def test_compare(settings: list[str], tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "c.json").read_text())
     names = [lever["name"] for lever in figures["levers"]]
     assert names[2:5] == ["+ padding to the longest", "+ length buckets", "+ real tokens only"]
-    assert names[5:] == ["+ fused optimizer"]
+    assert names[5:] == ["+ fused optimizer", "+ freed memory kept"]
     assert {"name": "bf16", "why": "train.precision=fp32 asks for fp32"} in figures["not_tried"]
     assert all(lever["examples_per_s"] > 0 and lever["peak_bytes"] > 0 for lever in figures["levers"])
     assert "BertModel" in figures["patched"][0]

@@ -120,7 +120,7 @@ def test_configuration_layers(tmp_path: Path) -> None:
 
 
 def test_errors_are_one_line(tiny: list[str]) -> None:
-    known = "tagger, summarizer, classifier, regressor"
+    known = "tagger, summarizer, classifier, image, regressor"
     assert call("train", "parser", wanted=1) == f"fastseq: recipe: one of {known} is wanted, got 'parser'\n"
     assert "train.lrr: no such key" in call("train", "tagger", "train.lrr=1", wanted=1)
     assert "one of peoples-daily-ner" in call("data", "fetch", "x", wanted=1)
@@ -138,12 +138,13 @@ def test_accuracy_where_tags_are_not_spans(tiny: list[str], conll: dict[str, Pat
     assert "test: accuracy 100.00" in output  # the column is x throughout
 
 
-def test_compare(tiny: list[str], tmp_path: Path) -> None:
+def test_compare(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastseq.recipes.tagger.comparison.PAIRS", 8)
     files = ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
     output = call("compare", "tagger", *tiny, "train.precision=bf16", "--sentences", "60", *files)
     figures = json.loads((tmp_path / "c.json").read_text())
     names = [lever["name"] for lever in figures["levers"]]
-    assert names[2:] == ["+ fused CRF", "+ length buckets", "+ bf16 LSTM", "+ fused optimizer"]
+    assert names[2:] == ["+ fused CRF", "+ length buckets", "+ bf16 LSTM", "+ fused optimizer", "+ freed memory kept"]
     for lever in figures["levers"]:
         assert lever["examples_per_s"] > 0
         assert lever["ops"] > 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -111,6 +114,7 @@ SAME: list[tuple[str, Callable[[Setup], Setup]]] = [
     ("fused optimizer", lambda s: s.but(fused=True)),
     ("zeroed in place", lambda s: replace(s, set_to_none=False)),
     ("blocking copies", lambda s: replace(s, non_blocking=False)),
+    ("freed memory kept", lambda s: replace(s, keep_memory=True)),
     ("accumulated", lambda s: s.but(batch_size=2, accumulate=2)),
     ("recomputed", lambda s: s.but(gradient_checkpointing=True)),
     ("channels-last", lambda s: s.but(channels_last=True)),
@@ -175,6 +179,14 @@ def test_cost_is_of_forward_and_backward(setup: Setup, task: Task) -> None:
     assert all(parameter.grad is None for parameter in plain.model.parameters())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_compiled_model_gives_the_same_weights(setup: Setup, task: Task) -> None:
+    one, other = trained(setup, task), trained(setup.but(compile=True), task)
+    torch.testing.assert_close(weights(one), weights(other), rtol=1e-3, atol=1e-4)
+    assert other.model._compiled_call_impl is not None
+
+
 # ---- levers ----------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +199,10 @@ def test_reasons_are_words(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
         "TF32": "needs a GPU of compute capability 8.0",
         "bf16 x": "train.precision=fp32 asks for fp32",
         "fused optimizer": None,
+        "freed memory kept": None,
     }
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert reasons(levers.numerics(TRAIN, CPU))["freed memory kept"] == "needs glibc"
     monkeypatch.setattr(levers, "wants_bf16", lambda train: train.precision == "bf16")
     auto, asked = (TRAIN.model_copy(update={"precision": precision}) for precision in ("auto", "bf16"))
     assert reasons(levers.numerics(auto, CPU))["bf16"] == "this hardware does not multiply bf16"
@@ -198,6 +213,9 @@ def test_reasons_are_words(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(reasons(levers.convolutions(nn.Linear(1, 1), CPU)).values()) == {"the model has no 2-d convolution"}
     assert reasons(levers.loop_levers(nn.Linear(1, 1), TRAIN, CPU))["gradient checkpointing"]
     assert reasons(levers.loop_levers(task.model, TRAIN, CPU))["gradient checkpointing"] is None
+    on = TRAIN.model_copy(update={"gradient_checkpointing": True})  # it may be what makes the model fit
+    assert "it is on" in (reasons(levers.loop_levers(task.model, on, CPU))["gradient checkpointing"] or "")
+    assert levers.plain_setup(task, on, lambda: task.model).train.gradient_checkpointing
 
 
 def test_compiling_waits_until_it_is_asked_for(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,12 +276,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
 
 def slow(setup: Setup) -> Setup:
     def sleepy(examples: list[Any]) -> Batch:
-        import time
-
         time.sleep(0.01)
         return setup.collate(examples)
 
     return replace(setup, collate=sleepy, loading=True)
+
+
+def too_large(setup: Setup) -> Setup:
+    def huge(examples: list[Any]) -> Batch:
+        raise torch.OutOfMemoryError
+
+    return replace(setup, collate=huge)
 
 
 def test_a_lever_that_gave_nothing_is_left_out_and_said(run: Comparison, tmp_path: Path) -> None:
@@ -289,7 +312,7 @@ def test_a_lever_that_gave_nothing_is_left_out_and_said(run: Comparison, tmp_pat
     assert rows[2]["gain"] == rows[2]["speedup"] < 0.9
     assert rows[3]["gain"] == rows[3]["examples_per_s"] / rows[2]["examples_per_s"]
     wider = levers.setting("batch of 8", "batch", batch_size=8)
-    run.alone(first, [wider], [levers.setting("2 loader workers", workers=2)])
+    run.alone(first, [Lever("too large", too_large), wider], [levers.setting("2 loader workers", workers=2)])
     control, alone, loaded, _ = run.figures["alone"]
     assert control["name"] == "kept, twice"
     assert loaded["name"] == "kept, with a loader"
@@ -305,7 +328,10 @@ def test_a_lever_that_gave_nothing_is_left_out_and_said(run: Comparison, tmp_pat
         rest = row["epoch_seconds"] - row["before_seconds"]
         assert row["epoch_gain"] == pytest.approx(row["epoch_seconds"] / (rest + row["after_seconds"]))
     figures = json.loads(json.dumps(run.finish()))
-    assert figures["not_tried"] == [{"name": "impossible", "why": "needs the sea"}]
+    assert figures["not_tried"] == [
+        {"name": "impossible", "why": "needs the sea"},
+        {"name": "too large", "why": "out of memory"},
+    ]
     with run.console.capture() as captured:
         show(figures, run.console)
     said = captured.get()
@@ -316,6 +342,20 @@ def test_a_lever_that_gave_nothing_is_left_out_and_said(run: Comparison, tmp_pat
     drawn = (tmp_path / "c.svg").read_text("utf-8")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert drawn.count("url(#") >= 2  # hatched
+    (tmp_path / "compare-mean.json").write_text(json.dumps(figures), "utf-8")
+    page = guide(tmp_path, "mean")
+    assert "| + slow loader | " in page
+    assert "two runs of it disagree by" in page
+    assert "- Not tried: impossible: needs the sea." in page
+    assert guide(tmp_path, "median") == "Not measured yet: `fastseq compare median`."
+
+
+def guide(results: Path, recipe: str) -> str:
+    """What the documentation makes of a folder of figures."""
+    pytest.importorskip("mkdocs")
+    hooks = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "hooks.py"))
+    hooks["guide"].__globals__["RESULTS"] = results
+    return str(hooks["guide"](recipe))
 
 
 def test_the_same_examples_for_everybody(run: Comparison) -> None:

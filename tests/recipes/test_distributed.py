@@ -65,7 +65,7 @@ def results(answers: list[Any]) -> list[Any]:
     return [value for value, _ in answers]
 
 
-NAMES = ["tagger", "summarizer", "classifier", "regressor"]
+NAMES = ["tagger", "summarizer", "classifier", "regressor", "image"]
 
 
 def assert_close(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastseq.recipes import feature_cache
 from fastseq.recipes.feature_cache import cached, file_hash, ragged
 
 KEY = {"data": "abc", "settings": {"max_length": 8}}
@@ -55,6 +56,18 @@ def test_kept_and_read_again(tmp_path: Path) -> None:
     arrays, about = files(folder)
     assert json.loads(about.read_text())["sha256"] == file_hash(arrays)
     assert {file.name for file in folder.iterdir()} == {arrays.name, about.name}  # nothing temporary
+
+
+def test_a_large_file_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "MAPPED", 0)
+    arrays = {"bytes": np.arange(24, dtype=np.uint8).reshape(2, 3, 4), "fortran": np.ones((5, 2)).T, "one": np.array(7)}
+    for _ in range(2):  # made, and read again
+        found = cached(tmp_path, "toy", KEY, lambda: arrays, print)
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert isinstance(found[name], np.memmap)
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path: Path) -> None:

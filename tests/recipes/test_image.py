@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fastseq import cli
 from fastseq.models import ImageClassifier
-from fastseq.recipes import checkpoint, get
+from fastseq.recipes import checkpoint, feature_cache, get
 from fastseq.recipes.config import ConfigError, load
 from fastseq.recipes.image import folder as folder_of_files
 from fastseq.recipes.image.data import collate
@@ -160,12 +160,25 @@ def test_decoded_images_are_cached(
     assert len(decodings) == 300
     for part in ("train", "dev", "test"):
         one, other = (getattr(task, part) for task in tasks)
-        np.testing.assert_array_equal(one.pixels, other.pixels)
-        np.testing.assert_array_equal(one.labels, other.labels)
+        for name, value in collate([*one]).items():
+            assert torch.equal(value, collate([*other])[name])
     Image.new("RGB", (SIDE, SIDE)).save(copied / "down" / "new.png")
     assert len(get("image").build(config).train) + len(tasks[0].dev) + len(tasks[0].test) >= 300
     assert len(decodings) == 601
     assert "feature cache: images-" in capsys.readouterr().out
+
+
+def test_images_that_may_not_fit_into_memory(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = get("image").build(config_of(*settings))
+    for module in (feature_cache, folder_of_files):
+        monkeypatch.setattr(module, "MAPPED", 0)
+    for _ in range(2):  # decoded, and read from the cache
+        task = get("image").build(config_of(*settings, f"data.cache={tmp_path}"))
+        assert isinstance(task.train.pixels, np.memmap)  # type: ignore[attr-defined]
+        assert torch.equal(collate([*task.train])["pixels"], collate([*wanted.train])["pixels"])
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".npz"]
 
 
 def test_equal_files_are_never_parted(pictures: Path, settings: list[str]) -> None:
@@ -174,7 +187,7 @@ def test_equal_files_are_never_parted(pictures: Path, settings: list[str]) -> No
     assert sum(sizes) == 300
     assert 5 <= sizes[1] < sizes[2] <= 50
     again = get("image").build(config_of(*settings))
-    np.testing.assert_array_equal(task.test.pixels, again.test.pixels)  # type: ignore[attr-defined]
+    assert torch.equal(collate([*task.test])["pixels"], collate([*again.test])["pixels"])
 
 
 def test_folders_for_the_parts(pictures: Path, settings: list[str], tmp_path: Path) -> None:
@@ -183,7 +196,7 @@ def test_folders_for_the_parts(pictures: Path, settings: list[str], tmp_path: Pa
     task = get("image").build(config_of(*settings, f"data.folder={tmp_path / 'all'}", "data.mode=grey"))
     assert task.artefacts["labels"] == ["across", "down"]
     assert len(task.train) + len(task.dev) == 200
-    assert task.test.labels.tolist() == [0, 1, -100]  # type: ignore[attr-defined]  # no class of training's
+    assert [example.label for example in task.test] == [0, 1, -100]  # the last is no class of training's
     assert task.test[0].pixels.shape == (SIDE, SIDE, 1)
     task.model.eval()
     assert task.evaluate(task.model, [collate([task.test[2]])])["accuracy"] == 0

@@ -42,16 +42,13 @@ def mnist(tmp_path: Path) -> Path:
 def test_the_files_of_mnist(mnist: Path) -> None:
     splits = read_idx(mnist)
     assert splits.names == ["0", "1", "2"]
-    assert splits.test.labels.tolist() == [0, 1, 2] + [-100] * 5  # classes that training has not seen
-    assert splits.train.pixels.shape[1:] == (5, 4, 1)
+    assert [example.label for example in splits.test] == [0, 1, 2] + [-100] * 5  # classes that training has not seen
+    assert splits.train.shape == (5, 4, 1)
     assert len(splits.train) + len(splits.dev) == 200
     assert 1 <= len(splits.dev) <= 30
-    inside = {image.tobytes() for image in splits.train.pixels} & {image.tobytes() for image in splits.dev.pixels}
-    assert not inside
-    again = read_idx(mnist)
-    np.testing.assert_array_equal(again.dev.pixels, splits.dev.pixels)
-    example = splits.dev[0]
-    assert example.label == splits.dev.labels[0]
+    train, dev, again = ([example.pixels.tobytes() for example in part] for part in (*splits[:2], read_idx(mnist).dev))
+    assert not {*train} & {*dev}
+    assert dev == again
 
 
 def test_colours_and_other_names(tmp_path: Path) -> None:
@@ -59,7 +56,7 @@ def test_colours_and_other_names(tmp_path: Path) -> None:
     save(tmp_path, "emnist-letters-train", images, np.arange(100) % 2)
     save(tmp_path, "emnist-letters-test", images[:4], np.arange(4) % 2)
     splits = read_idx(tmp_path, FASHION)
-    np.testing.assert_array_equal(splits.test.pixels, images[:4])
+    np.testing.assert_array_equal([example.pixels for example in splits.test], images[:4])
     assert splits.names == list(FASHION)
 
 

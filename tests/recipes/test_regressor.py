@@ -154,7 +154,7 @@ def test_without_text_or_with_switches_it_trains(settings: list[str], tmp_path: 
 def test_compare(settings: list[str], tmp_path: Path) -> None:
     call("compare", "regressor", *settings, "--sentences", "32", "--json", str(tmp_path / "c.json"))
     figures = json.loads((tmp_path / "c.json").read_text())
-    assert len(figures["levers"]) == 6
+    assert len(figures["levers"]) == 7
     (cached,) = (row for row in figures["around"] if row["name"] == "cached features")
     assert cached["before_seconds"] > cached["after_seconds"] > 0
     assert "DebertaV2Model" in figures["patched"][0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import re
 import runpy
 import time
 from pathlib import Path
@@ -13,23 +14,28 @@ from typing import Any
 import pytest
 import torch
 
-from fastseq.recipes import checkpoint, get
+from fastseq.recipes import RECIPES, checkpoint, get
 from fastseq.recipes.config import ConfigError, load
-from fastseq.recipes.errors import CheckpointError
+from fastseq.recipes.errors import CheckpointError, WriteError
 from fastseq.recipes.train import run
 
 CHILD = Path(__file__).with_name("child.py")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastseq.recipes.tagger", "fastseq.recipes.train", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(
+    [*(f"{package}.recipe" for package in RECIPES.values()), "fastseq.recipes.train", "torch._dynamo"]
+    + [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "deberta_v2", "resnet")]
+    + ["fastseq.integrations.transformers", "rouge_score.rouge_scorer", "seqeval.metrics", "PIL.PngImagePlugin"]
+)
+OTHERS = [name for name in RECIPES if name != "tagger"]
 
 
 def settings(overrides: list[str]) -> Any:
     return load(get("tagger").Config, "fastseq.recipes.tagger", None, overrides)
 
 
-def start(overrides: list[str], die_at_rename: int = 0) -> Any:
-    """Trains in a process of its own; it kills itself before its n-th rename, if asked to."""
-    values = {"overrides": overrides, "die_at_rename": die_at_rename}
+def start(overrides: list[str], die_at_rename: int = 0, recipe: str = "tagger", file_limit: int | None = None) -> Any:
+    """Trains in a process of its own, as child.py has it."""
+    values = {"recipe": recipe, "overrides": overrides, "die_at_rename": die_at_rename, "file_limit": file_limit}
     process = CONTEXT.Process(target=runpy.run_path, args=(str(CHILD), values))
     process.start()
     return process
@@ -66,28 +72,60 @@ def reference(
 ) -> tuple[Path, float]:
     """A run that was left alone, and how long it took."""
     folder = tmp_path_factory.mktemp("reference")
-    start(tiny_settings_of(conll, folder / "warm")).join()  # the first pays for the fork server's imports
+    return folder / "run", left_alone("tagger", tiny_settings_of(conll, folder / "run"))
+
+
+def kill_and_resume(recipe: str, overrides: list[str], run_dir: Path, seconds: float, kills: int, seed: int) -> int:
+    """Runs to the end, killed up to so many times on the way; how many times it was."""
+    rng, killed = random.Random(seed), 0
+    while not (run_dir / "test.json").exists():
+        process = start(overrides, recipe=recipe)
+        process.join(timeout=rng.uniform(0.2, 0.9) * seconds if killed < kills else None)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            killed += 1
+        else:
+            assert process.exitcode == 0
+    return killed
+
+
+def left_alone(recipe: str, overrides: list[str]) -> float:
+    """Runs to the end, and tells how long that took."""
+    start(overrides, die_at_rename=1, recipe=recipe).join()  # the first pays for the fork server's imports
     started = time.perf_counter()
-    process = start(tiny_settings_of(conll, folder / "run"))
+    process = start(overrides, recipe=recipe)
     process.join()
     assert process.exitcode == 0
-    return folder / "run", time.perf_counter() - started
+    return time.perf_counter() - started
 
 
 def test_killed_at_random_moments(tiny: list[str], tmp_path: Path, reference: tuple[Path, float]) -> None:
     folder, seconds = reference
-    rng, kills = random.Random(1), 0
-    while not (tmp_path / "run" / "test.json").exists():
-        process = start(tiny)
-        process.join(timeout=rng.uniform(0.2, 0.9) * seconds if kills < 4 else None)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            kills += 1
-        else:
-            assert process.exitcode == 0
-    assert kills
+    assert kill_and_resume("tagger", tiny, tmp_path / "run", seconds, kills=4, seed=1)
     assert_same_run(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_every_recipe_survives_a_kill(recipe: str, small_run: Any, tmp_path: Path) -> None:
+    seconds = left_alone(recipe, small_run(recipe, tmp_path / "whole"))
+    overrides = small_run(recipe, tmp_path / "run")
+    start(overrides, die_at_rename=14, recipe=recipe).join()  # in the midst of its checkpoints, however slow the machine
+    kill_and_resume(recipe, overrides, tmp_path / "run", seconds, kills=1, seed=2)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_twenty_kills(recipe: str, small_run: Any, tmp_path: Path) -> None:
+    """A run is through after some kills; then another one begins, until there were twenty."""
+    seconds = left_alone(recipe, small_run(recipe, tmp_path / "whole"))
+    kills = number = 0
+    while kills < 20:
+        run_dir = tmp_path / str(number)
+        kills += kill_and_resume(recipe, small_run(recipe, run_dir), run_dir, seconds, 20 - kills, seed=number)
+        assert_same_run(tmp_path / "whole", run_dir)
+        number += 1
 
 
 def test_killed_at_every_kind_of_rename(tiny: list[str], tmp_path: Path, reference: tuple[Path, float]) -> None:
@@ -160,7 +198,42 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         temporary.write_bytes(b"half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError, match=r"best\.pt: could not be written \(disk full\)"):
         checkpoint.write_atomically(path, fail)
     assert checkpoint.load(path) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["best.pt"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_full_disk_is_said_and_the_run_goes_on_afterwards(recipe: str, small_run: Any, tmp_path: Path) -> None:
+    """No file may be larger than half of the first checkpoint; after that, the disk has room again."""
+    overrides, run_dir = small_run(recipe, tmp_path / "run"), tmp_path / "run"
+    start(overrides, die_at_rename=12, recipe=recipe).join()  # after its features are kept, and some checkpoints
+    last = run_dir / "last.pt"
+    before = last.read_bytes()
+    process = start(overrides, recipe=recipe, file_limit=len(before) // 2)
+    process.join()
+    assert process.exitcode == 1
+    error = (tmp_path / "run-error.txt").read_text()
+    assert re.match(r"WriteError: .*\.pt: could not be written \(File too large\).*Free some space", error)
+    assert last.read_bytes() == before
+    assert checkpoint.load(last)["position"]["step"] > 0
+    process = start(overrides, recipe=recipe)
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_a_run_directory_that_cannot_be_made(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file, where the folder should be")
+    with pytest.raises(WriteError, match=r"run: could not be written \(File exists\)"):
+        run(settings(tiny), get("tagger").build)
+
+
+def test_a_run_directory_of_something_else(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for text in ("epochs: [", "- 1", "model: {a: 1}", "\x00"):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        with pytest.raises(
+            ConfigError, match=r"run_dir: .*config\.yaml is not a configuration that this version knows"
+        ):
+            run(settings(tiny), get("tagger").build)

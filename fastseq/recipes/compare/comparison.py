@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,17 +16,20 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from fastseq.recipes.compare import around
+from fastseq.recipes.compare.around import beside
 from fastseq.recipes.compare.cost import cost
 from fastseq.recipes.compare.levers import Lever, Setup
-from fastseq.recipes.compare.variant import Variant, seconds, take_turns
+from fastseq.recipes.compare.variant import Variant, take_turns
 from fastseq.recipes.config import ConfigT, RecipeConfig
+from fastseq.recipes.fetch import SOURCES, fetch
 from fastseq.recipes.loading import evaluation_batches, evaluation_sample
 from fastseq.recipes.task import Task
 
 PLAIN_SECONDS = 15.0
 """What each of the two plain runs may train in the waterfall; the variants with levers take less."""
 
-ALONE_SECONDS = 30.0
+ALONE_SECONDS = 24.0
 """What all variants together may train where each other lever is tried alone."""
 
 QUALITY_SECONDS = 35.0
@@ -38,9 +40,6 @@ SCORED = 256
 
 GROUP = 4
 """Levers alone that are measured together: more models would not fit into every memory."""
-
-WORKERS = 2
-"""Loading processes, where their start is timed."""
 
 
 class Comparison:
@@ -80,13 +79,15 @@ class Comparison:
         self.task.model.to(self.device)
         self.size = config.train.batch_size
         self.most = max(2, min(examples, config.train.epochs * len(self.task.train)) // self.size)
-        where = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
+        threads = torch.get_num_threads()
+        where = torch.cuda.get_device_name() if gpu else f"{threads} CPU thread{'s' * (threads > 1)}"
         self.not_tried: list[dict[str, str]] = []
         self.figures: dict[str, Any] = {
             "title": f"fastseq compare {recipe}: {cast(Any, config).data.name}, {where}",
             "unit": unit,
             "plain": plain,
             "score": self.task.score,
+            "train_examples": len(self.task.train),
         }
 
     def _read(self, config: ConfigT, build: Callable[[ConfigT], Task]) -> Task:
@@ -96,6 +97,8 @@ class Comparison:
         torch.manual_seed(config.seed)
         if "cache" not in type(data).model_fields:
             return build(config)
+        if data.name in SOURCES:
+            fetch(data.name)  # which is no part of a start
         # Kept open: a task may read its arrays where they lie.
         self.folder = tempfile.TemporaryDirectory()
         cached = config.model_copy(update={"data": data.model_copy(update={"cache": Path(self.folder.name)})})
@@ -105,7 +108,7 @@ class Comparison:
             start = time.perf_counter()
             task = build(cached)
             starts.append(time.perf_counter() - start)
-        self._beside("cached features", ("the first start", starts[0]), ("later starts", starts[1]))
+        self.around.append(beside("cached features", ("the first start", starts[0]), ("later starts", starts[1])))
         return task
 
     def say(self, line: str) -> None:
@@ -166,7 +169,7 @@ class Comparison:
         """
         self.say("timing each other lever alone ...")
         groups = [(kept, group) for group in _groups(self._tried(levers))]
-        with_loader = replace(kept, loading=True)
+        with_loader = replace(kept, loading=True).but(workers=0)
         groups += [(with_loader, group) for group in _groups(self._tried(loading))]
         runs = sum(len(group) + 2 for _, group in groups)
         rows = []
@@ -179,14 +182,27 @@ class Comparison:
         """A group of levers, each alone; the first row is the two controls."""
         names = "kept, with a loader" if kept.loading else "kept, twice", ""
         variants = [self.variant(name, kept, count) for name in names]
-        variants += [self.variant(lever.name, lever.switch(kept), count) for lever in levers]
-        rows = self._measured(variants, count)
-        one, other, *rest = rows
+        fitting = []
+        for lever in levers:
+            variant = self.variant(lever.name, lever.switch(kept), count)
+            if self._fits(variant):
+                fitting.append(lever)
+                variants.append(variant)
+        one, other, *rest = self._measured(variants, count)
         rate = 2 / (1 / one["examples_per_s"] + 1 / other["examples_per_s"])
         disagreement = abs(other["examples_per_s"] / one["examples_per_s"] - 1)
-        for row, lever in zip(rest, levers, strict=True):
+        for row, lever in zip(rest, fitting, strict=True):
             row |= {"gain": row["examples_per_s"] / rate, "changes": lever.changes}
         return [one | {"examples_per_s": rate, "gain": 1.0, "changes": "", "control_disagreement": disagreement}, *rest]
+
+    def _fits(self, variant: Variant) -> bool:
+        """Whether there is memory for a batch beside the other models; notes where there is not."""
+        try:
+            variant.warm_up(variant.plan(self.order(4 * self.size), 0)[:1])
+        except torch.OutOfMemoryError:
+            self.not_tried.append({"name": variant.name, "why": "out of memory"})
+            return False
+        return True
 
     def _tried(self, levers: Iterable[Lever]) -> list[Lever]:
         """Those that can be tried; notes why the others cannot."""
@@ -264,46 +280,7 @@ class Comparison:
     def evaluation(self, trained: Variant) -> None:
         """Times the evaluation on dev and the loader's start, and computes what they make of an epoch."""
         self.say("timing the evaluation and the loader's start ...")
-        train, sample = self.config.train, self.dev(512)
-        whole = len(evaluation_sample(self.task.dev, train, self.config.seed))
-        sizes = train.eval_batch_size, 4 * train.eval_batch_size
-        taken = {size: list[float]() for size in sizes}
-        for size in (sizes[0], *sizes, *sizes, *sizes):
-            call = partial(self.scores, trained, sample, size)
-            taken[size].append(seconds(call, self.device))
-        one, four = (statistics.median(taken[size][-3:]) * whole / len(sample) for size in sizes)
-        updates = -(-len(self.task.train) // (trained.setup.train.batch_size * train.accumulate))
-        times = updates / (train.eval_every or updates)
-        epoch = len(self.task.train) / trained.rate + times * one
-        batches = (f"{times:.3g} an epoch, batches of {sizes[0]}", times * one), (f"of {sizes[1]}", times * four)
-        self._beside("larger validation batch", *batches, epoch)
-        rarer = (f"{times:.3g} an epoch", times * one), (f"{times / 2:.3g} an epoch", times / 2 * one)
-        self._beside("half the evaluations", *rarer, epoch)
-        fresh, again = self._loader_starts(trained)
-        self._beside("workers that persist", ("fresh workers", fresh), ("kept workers", again), epoch)
-
-    def _loader_starts(self, variant: Variant) -> tuple[float, float]:
-        """Seconds until the first batch of an epoch, with new workers and with those of the epoch before."""
-        setup = replace(variant.setup, loading=True).but(workers=WORKERS, persistent_workers=True)
-        loading = self.variant("", setup, self.size)
-        plan = loading.plan(self.order(2 * self.size), 0)
-        starts = []
-        for _ in range(3):
-            start = time.perf_counter()
-            batches = iter(loading.loaded(plan))
-            next(batches)
-            starts.append(time.perf_counter() - start)
-            for _ in batches:
-                pass
-        return starts[0], min(starts[1:])
-
-    def _beside(
-        self, name: str, before: tuple[str, float], after: tuple[str, float], epoch: float | None = None
-    ) -> None:
-        """Notes two figures of what happens around the steps, in seconds, and what an epoch of so many gains."""
-        gain = None if epoch is None else epoch / (epoch - before[1] + after[1])
-        row = {"before": before[0], "before_seconds": before[1], "after": after[0], "after_seconds": after[1]}
-        self.around.append({"name": name, **row, "epoch_seconds": epoch, "epoch_gain": gain})
+        self.around += [*around.evaluation(self, trained), around.loader_start(self, trained)]
 
     def finish(self) -> dict[str, Any]:
         """The figures, with what all recipes' have."""

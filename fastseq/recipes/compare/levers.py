@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,6 @@ PLAIN: dict[str, Any] = {
     "cudnn_benchmark": None,
     "channels_last": False,
     "compile": False,
-    "gradient_checkpointing": False,
 }
 """The loop's settings where every lever is off."""
 
@@ -46,6 +46,7 @@ class Setup:
         loading: the loop's own loader makes the batches while the clock runs; else they are made before.
         set_to_none: gradients go away between updates; else they are zeroed in place.
         non_blocking: the host does not wait for copies to the device.
+        keep_memory: the process keeps the memory that a step frees, for the next one.
     """
 
     model: Callable[[], nn.Module]
@@ -55,6 +56,7 @@ class Setup:
     loading: bool = False
     set_to_none: bool = True
     non_blocking: bool = True
+    keep_memory: bool = False
 
     def but(self, **settings: Any) -> Setup:
         """The same with other settings of the loop."""
@@ -108,7 +110,7 @@ def buckets(train: TrainConfig) -> Lever:
 
 
 def numerics(train: TrainConfig, device: torch.device, bf16: str = "bf16") -> list[Lever]:
-    """TF32, bf16 autocast and the fused optimizer; `bf16` names the second."""
+    """TF32, bf16 autocast, the fused optimizer and `host.keep_memory`; `bf16` names the second."""
     no_bf16 = None
     if train.precision == "fp32":
         no_bf16 = "train.precision=fp32 asks for fp32"
@@ -118,6 +120,7 @@ def numerics(train: TrainConfig, device: torch.device, bf16: str = "bf16") -> li
         setting("TF32", why_not=needs_gpu(device, (8, 0)), tf32=True),
         setting(bf16, why_not=no_bf16, precision="bf16"),
         setting("fused optimizer", fused=True),
+        Lever("freed memory kept", lambda setup: replace(setup, keep_memory=True), why_not=_why_not_kept(device)),
     ]
 
 
@@ -151,14 +154,16 @@ def batch_levers(train: TrainConfig) -> list[Lever]:
 def loop_levers(model: nn.Module, train: TrainConfig, device: torch.device) -> list[Lever]:
     """Settings of the loop that keep the result and are no part of the waterfall."""
     recomputes = hasattr(model, "gradient_checkpointing_enable")
-    no_layers = None if recomputes else "the model has no layers to recompute"
+    why_not = None if recomputes else "the model has no layers to recompute"
+    if train.gradient_checkpointing:
+        why_not = "train.gradient_checkpointing=true: it is on in every variant"
     blocking, zeroing = "without non-blocking copies", "without set_to_none"
     return [
-        setting("gradient checkpointing", why_not=no_layers, gradient_checkpointing=True),
+        setting("gradient checkpointing", why_not=why_not, gradient_checkpointing=True),
         Lever(zeroing, lambda setup: replace(setup, set_to_none=False)),
         Lever(blocking, lambda setup: replace(setup, non_blocking=False), why_not=needs_gpu(device)),
         setting("torch.compile", why_not=_why_not_compiled(train, device), compile=True),
-        setting("more processes", why_not="needs more devices or machines: torchrun", workers=None),
+        Lever("more processes", lambda setup: setup, why_not="needs more devices or machines: torchrun"),
     ]
 
 
@@ -226,6 +231,12 @@ def needs_gpu(device: torch.device, capability: tuple[int, int] = (0, 0)) -> str
     if have < capability:
         return f"needs compute capability {capability[0]}.{capability[1]}, and this GPU has {have[0]}.{have[1]}"
     return None
+
+
+def _why_not_kept(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return "a GPU's memory is kept anyway"
+    return None if platform.libc_ver()[0] == "glibc" else "needs glibc"
 
 
 def _why_not_compiled(train: TrainConfig, device: torch.device) -> str | None:

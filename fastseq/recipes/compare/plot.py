@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastseq.recipes.compare.show import around_in_words, speed
 
@@ -13,8 +13,8 @@ KEPT, DROPPED, PLAIN, ALONE, GREY = "#1f6fb4", "#a9c7e3", "#6b7280", "#3c8d5a", 
 WIDTH, LEFT, BARS, TITLE, BELOW = 10.5, 2.5, 4.6, 0.95, 0.9
 """Inches: of the whole, left of the bars, of the bars, above the first of them, and below the bars of each part."""
 
-LETTERS = 145
-"""A line of small text that fits below."""
+LETTERS, NAME = 145, 30
+"""Of a line of small text that fits below, and of a name that fits left of the bars."""
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
@@ -69,7 +69,7 @@ def _waterfall(axes: Any, figures: dict[str, Any], rows: list[dict[str, Any]]) -
         before = rate
     axes.set(
         yticks=range(len(rows)),
-        yticklabels=[row["name"] for row in rows],
+        yticklabels=[textwrap.fill(row["name"], NAME) for row in rows],
         xlim=(0, 1.12 * max(row["examples_per_s"] for row in rows)),
         xlabel=f"training {figures['unit']} a second",
     )
@@ -95,7 +95,7 @@ def _alone(axes: Any, figures: dict[str, Any]) -> None:
     low, high = (pick(row["gain"] for row in rows) for pick in (min, max))
     axes.set(
         yticks=range(len(rows)),
-        yticklabels=[row["name"] + (f" ({row['changes']})" if row["changes"] else "") for row in rows],
+        yticklabels=[textwrap.fill(_marked(row), NAME) for row in rows],
         xlim=(min(low, 0.9) - 0.02, 1 + 1.25 * max(high - 1, 0.3)),
         xlabel="times the speed of what was kept",
     )
@@ -121,6 +121,10 @@ def _cells(axes: Any, y: float, texts: tuple[str, ...], color: str = "black") ->
 def _loss_and_memory(row: dict[str, Any]) -> tuple[str, str]:
     memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
     return f"{row['dev_loss']:.3f}", memory
+
+
+def _marked(row: dict[str, Any]) -> str:
+    return f"{row['name']} ({row['changes']})" if row["changes"] else cast(str, row["name"])
 
 
 def _hatch(row: dict[str, Any]) -> str:

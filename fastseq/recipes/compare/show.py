@@ -68,7 +68,7 @@ def _megabytes(row: dict[str, Any]) -> str:
 
 def table(title: str, first: str, *others: str) -> Table:
     """A table whose other columns are numbers."""
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
     made.add_column(first, no_wrap=True)
     for name in others:
         made.add_column(name, justify="right", no_wrap=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fastseq import host
 from fastseq.recipes.compare.levers import Setup
 from fastseq.recipes.config import TrainConfig
 from fastseq.recipes.loading import EpochBatches, Piece, Share, Shares, training_loader
@@ -109,8 +110,11 @@ class Variant:
         """Trains on batches and adds to the figures."""
         if not plan:
             return
-        with matrix_products(self.setup.train):
+        with matrix_products(self.setup.train), memory_kept(self.setup.keep_memory):
             ready = None if self.setup.loading else list(self.made(plan))
+            if self.setup.keep_memory and not self._waiting:  # what the variants before gave back to the system
+                self.loss(next(self.made(plan))).backward()
+                self.optimizer.zero_grad(set_to_none=self.setup.set_to_none)
 
             def work() -> None:
                 for batch in self.loaded(plan) if ready is None else ready:
@@ -132,7 +136,7 @@ class Variant:
 
 
 def take_turns(variants: Sequence[Variant], order: Sequence[int], warm: int) -> None:
-    """Trains every variant on the same examples, a few steps each in turn; who goes first changes every round.
+    """Trains every variant on the same examples, a few steps each in turn; the order is another every round.
 
     Args:
         variants: to be trained and timed.
@@ -144,9 +148,9 @@ def take_turns(variants: Sequence[Variant], order: Sequence[int], warm: int) -> 
     plans = [variant.plan(order[warm:], 1) for variant in variants]
     size = LOADED_STEPS_A_TURN if any(variant.setup.loading for variant in variants) else STEPS_A_TURN
     turns = max(2, -(-len(plans[0]) // size))
+    generator = np.random.default_rng(0)
     for round_ in range(turns):
-        for i in range(len(variants)):
-            k = (round_ + i) % len(variants)
+        for k in generator.permutation(len(variants)).tolist():
             first, last = (len(plans[k]) * turn // turns for turn in (round_, round_ + 1))
             variants[k].timed(plans[k][first:last])
 
@@ -158,6 +162,17 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+@contextmanager
+def memory_kept(on: bool) -> Iterator[None]:
+    """Where on, the process keeps the memory that is freed; afterwards it does not."""
+    kept = on and host.keep_memory()
+    try:
+        yield
+    finally:
+        if kept:
+            host.keep_memory(False)
 
 
 @contextmanager

@@ -6,9 +6,10 @@ Letters: N images, B images of a batch, C channels, H height, W width.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,27 +29,44 @@ class Example(NamedTuple):
 
 
 class Images:
-    """Images in one array, decoded, and their labels; read by index.
+    """Some rows of an array of decoded images, and their labels; read by index.
 
     Args:
-        pixels: (N,H,W,C) uint8.
+        pixels: (N,H,W,C) uint8; may be mapped into memory, and is never copied.
         labels: (N,) int64.
         files: where each comes from, if each is a file.
+        rows: which of them; None is all.
     """
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, files: Sequence[Path] | None = None) -> None:
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        labels: np.ndarray,
+        files: Sequence[Path] | None = None,
+        rows: np.ndarray | None = None,
+    ) -> None:
         self.pixels, self.labels, self.files = pixels, labels, files
+        self.rows = np.arange(len(labels)) if rows is None else rows
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rows)
 
     def __getitem__(self, i: int) -> Example:
-        return Example(self.pixels[i], int(self.labels[i]))
+        row = self.rows[i]
+        return Example(self.pixels[row], int(self.labels[row]))
+
+    def file(self, i: int) -> Path | None:
+        """Where an image comes from, if it was a file."""
+        return None if self.files is None else self.files[self.rows[i]]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return cast(tuple[int, int, int], self.pixels.shape[1:])
 
     def take(self, which: np.ndarray) -> Images:
         """Those of a mask, (N,) bool."""
-        files = None if self.files is None else [self.files[i] for i in np.flatnonzero(which).tolist()]
-        return Images(self.pixels[which], self.labels[which], files)
+        return Images(self.pixels, self.labels, self.files, self.rows[which])
 
 
 class Splits(NamedTuple):
@@ -68,7 +86,8 @@ def collate(batch: Sequence[Example]) -> Batch:
 
 def statistics(images: Images) -> tuple[list[float], list[float]]:
     """The mean and the standard deviation of each channel, of enough of the images to know them."""
-    sample = images.pixels[:: max(1, images.pixels.size >> 24)].astype(np.float32)
+    every = max(1, len(images) * math.prod(images.shape) >> 24)
+    sample = images.pixels[images.rows[::every]].astype(np.float32)
     mean, std = sample.mean((0, 1, 2), dtype=np.float64), sample.std((0, 1, 2), dtype=np.float64)
     return mean.tolist(), np.maximum(std, 1).tolist()  # of a channel that is always the same, the deviation is 0
 

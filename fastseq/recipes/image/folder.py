@@ -6,6 +6,9 @@ Letters: N images, C channels, H height, W width.
 from __future__ import annotations
 
 import hashlib
+import math
+import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from fastseq.recipes.errors import DataError
-from fastseq.recipes.feature_cache import Arrays, cached
+from fastseq.recipes.feature_cache import MAPPED, Arrays, cached
 from fastseq.recipes.image.data import IGNORE, Images, Splits, checked, percentile
 
 Mode = Literal["grey", "rgb"]
@@ -115,7 +118,7 @@ def read_folder(
 
     files = list_files(folder)
     key = {"files": _stamp(folder, files.paths), "mode": mode, "size": size, "pillow": PIL.__version__}
-    arrays = cached(cache, "images", key, lambda: _decoded(files.paths, mode, size), say)
+    arrays = cached(cache, "images", key, lambda: _decoded(files.paths, mode, size, cache), say)
     parts, by_hash = np.array(files.parts), arrays["percentiles"]
     pool = parts == "train"
     for part, first, end in (("test", 0, 10), ("dev", 10, 15)):
@@ -142,7 +145,18 @@ def _stamp(folder: Path, paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _decoded(paths: list[Path], mode: Mode, size: tuple[int, int] | None) -> Arrays:
+def _room(shape: tuple[int, ...], cache: Path | None) -> np.ndarray:
+    """An array of bytes; one that may not fit into memory is in a file without a name where the cache is."""
+    if cache is None or math.prod(shape) < MAPPED:
+        return np.empty(shape, np.uint8)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=cache) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))  # a full disk is an error now, else a crash later
+        return np.memmap(file, np.uint8, "w+", shape=shape)
+
+
+def _decoded(paths: list[Path], mode: Mode, size: tuple[int, int] | None, cache: Path | None) -> Arrays:
     """The pixels (N,H,W,C) of files, and the percentile of each; threads, since Pillow's decoders run side by side."""
 
     def one(path: Path) -> tuple[np.ndarray, int]:
@@ -152,7 +166,7 @@ def _decoded(paths: list[Path], mode: Mode, size: tuple[int, int] | None) -> Arr
     with ThreadPoolExecutor() as pool:
         for i, (image, percentiles[i]) in enumerate(pool.map(one, paths)):
             if i == 0:
-                pixels = np.empty((len(paths), *image.shape), np.uint8)
+                pixels = _room((len(paths), *image.shape), cache)
             if image.shape != pixels.shape[1:]:
                 apart = f"{image.shape[:2]} and {paths[0]} has {pixels.shape[1:3]}"
                 raise DataError(f"{paths[i]}: it has {apart} (height, width); data.size brings all to one size")

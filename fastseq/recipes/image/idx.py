@@ -35,8 +35,8 @@ def read_idx(folder: Path, names: Sequence[str] | None = None) -> Splits:
         DataError: a file is missing, damaged, or does not fit the others; names it.
     """
     train, test = _idx_pair(folder, "train"), _idx_pair(folder, "t10k", "test")
-    if train.pixels.shape[1:] != test.pixels.shape[1:]:
-        shapes = f"{train.pixels.shape[1:]} and {test.pixels.shape[1:]}"
+    if train.shape != test.shape:
+        shapes = f"{train.shape} and {test.shape}"
         raise DataError(f"{folder}: images of one shape are wanted, got {shapes} (height, width, channels)")
     names = names or [str(i) for i in range(int(train.labels.max()) + 1)]
     test.labels[test.labels >= len(names)] = IGNORE

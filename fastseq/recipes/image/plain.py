@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastseq.models.image_classifier import ImageClassifier
-from fastseq.recipes.image.data import Images
+from fastseq.recipes.image.data import Example, Images
 from fastseq.recipes.image.folder import load_image
 from fastseq.recipes.image.recipe import Config
 from fastseq.recipes.task import Task
@@ -80,19 +80,20 @@ class PlainImages(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         from PIL import Image, ImageOps
 
-        image = Image.fromarray(self._pixels(i).squeeze(-1) if self.images.pixels.shape[-1] == 1 else self._pixels(i))
+        pixels, label = self._example(i)
+        image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
         width, height = image.size
         if shift := self.config.model.shift:
             left, top = random.randint(0, 2 * shift), random.randint(0, 2 * shift)
             image = ImageOps.expand(image, shift).crop((left, top, left + width, top + height))
         if self.config.model.flip and random.random() < 0.5:
             image = ImageOps.mirror(image)
-        pixels = torch.from_numpy(np.array(image)).view(height, width, -1).permute(2, 0, 1).contiguous()
-        return {"pixels": (pixels.float() - self.mean) / self.std, "labels": int(self.images.labels[i])}
+        scaled = torch.from_numpy(np.array(image)).view(height, width, -1).permute(2, 0, 1).contiguous().float()
+        return {"pixels": (scaled - self.mean) / self.std, "labels": label}
 
-    def _pixels(self, i: int) -> np.ndarray:
+    def _example(self, i: int) -> Example:
         """An image as the data set on the disk has it: in a file of its own, or in one array of all."""
-        if self.images.files is None:
-            return cast(np.ndarray, self.images.pixels[i])
-        height, width = self.images.pixels.shape[1:3]
-        return load_image(self.images.files[i], self.config.data.mode, (height, width))
+        example, file = self.images[i], self.images.file(i)
+        if file is None:
+            return example
+        return Example(load_image(file, self.config.data.mode, self.images.shape[:2]), example.label)

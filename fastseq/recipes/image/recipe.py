@@ -85,7 +85,7 @@ def read(config: DataConfig) -> data.Splits:
 def build(config: Config) -> Task:
     """Reads the images, and makes the model."""
     splits = read(config.data)
-    shape, statistics = splits.train.pixels.shape[1:], data.statistics(splits.train)
+    shape, statistics = splits.train.shape, data.statistics(splits.train)
     encoder = load_encoder(config.model, shape[-1])
     small = config.model.small_stem
     if config.model.checkpoint is not None:
@@ -124,12 +124,11 @@ def load_encoder(config: ModelConfig, channels: int) -> nn.Module:
         ConfigError: there is no such checkpoint or shape, or it is not for such images; names the key.
     """
     if config.checkpoint is None:
-        key, encoder = (
-            "model.shape",
-            make_encoder(json.dumps({"num_channels": channels, **config.shape}), "model.shape"),
-        )
+        key = "model.shape"
+        encoder = make_encoder(json.dumps({"num_channels": channels, **config.shape}), key)
     else:
-        key, encoder = "model.checkpoint", from_checkpoint(config.checkpoint, "model.checkpoint")
+        key = "model.checkpoint"
+        encoder = from_checkpoint(config.checkpoint, key)
     shape = cast(Any, encoder).config
     if shape.model_type != "resnet":
         raise ConfigError(f"{key}: a ResNet of transformers is wanted, got {shape.model_type}")
