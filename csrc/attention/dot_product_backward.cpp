@@ -67,9 +67,11 @@ class Backpropagation {
 
   void run(const ParallelFor& parallel) {
     if (p.cu_q) {  // there may be tokens that are in no sequence
-      std::memset(out.dq, 0, size_t(p.queries * p.query_heads * p.D * bytes(p.type)));
-      std::memset(out.dk, 0, size_t(p.keys * p.key_heads * p.D * bytes(p.type)));
-      std::memset(out.dv, 0, size_t(p.keys * p.key_heads * p.D * bytes(p.type)));
+      const size_t queries = size_t(p.queries * p.query_heads * p.D * bytes(p.type));
+      const size_t keys = size_t(p.keys * p.key_heads * p.D * bytes(p.type));
+      if (queries > 0) std::memset(out.dq, 0, queries);  // torch has no memory for a tensor of no elements
+      if (keys > 0) std::memset(out.dk, 0, keys);
+      if (keys > 0) std::memset(out.dv, 0, keys);
     }
     run_tasks_with(
         parallel, bias.tasks(), [&] { return Scratch(most_keys, group * most_queries, p.D); },

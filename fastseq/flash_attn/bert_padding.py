@@ -113,7 +113,9 @@ def unpad_input_for_concatenated_sequences(
     attention_mask_in_length = attention_mask_in_length.detach()
     lengths, room = attention_mask_in_length.flatten(), attention_mask_in_length.shape[1]
     if can_look(lengths) and (int(lengths.min()) < 0 or int(attention_mask_in_length.sum(1).max()) > room):
-        raise ValueError(f"attention_mask_in_length: wanted lengths of at least 0 that add up to {room} at most in a row")
+        raise ValueError(
+            f"attention_mask_in_length: wanted lengths of at least 0 that add up to {room} at most in a row"
+        )
     places = torch.arange(attention_mask_in_length.shape[1], device=lengths.device)
     indices = (places < attention_mask_in_length.sum(1, keepdim=True)).flatten().nonzero()[:, 0]
     packed = index_first_axis(hidden_states.flatten(0, 1), indices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.functional.attention_arguments import check_dropout, check_slopes, check_window, draw_seed
-from fastseq.functional.checks import INTEGERS, WORKING, expect, integer, number
+from fastseq.functional.checks import INTEGERS, expect, number
 from fastseq.ops.attention import dot_product
 from fastseq.ops.attention.dropout import keep_mask
 

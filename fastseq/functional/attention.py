@@ -26,7 +26,6 @@ from fastseq.functional.checks import (
     boundaries,
     check_generator,
     expect,
-    integer,
     longest,
     number,
 )

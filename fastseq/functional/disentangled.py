@@ -95,10 +95,9 @@ def disentangled_attention(
         slots = torch.zeros(max(2 * most - 1, 1), dtype=torch.int32, device=q.device)
     else:
         slots = _check_slots(q, pos_key, pos_query, slots, most, position_buckets, max_position)
-    dropout, seed = check_dropout(dropout_p), None
     check_generator(generator)
-    if dropout:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device, generator=generator)
+    dropout = check_dropout(dropout_p)
+    seed = draw_seed(dropout, q, generator)
     scale = (q.shape[-1] * terms) ** -0.5 if softmax_scale is None else number("softmax_scale", softmax_scale)
     q, k, v = (x if dense else x[None] for x in (q, k, v))
     args = q, k, v, pos_key, pos_query, slots, cu_seqlens, lengths, seed, most, scale, dropout

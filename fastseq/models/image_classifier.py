@@ -112,7 +112,8 @@ class ImageClassifier(nn.Module):
             raise TypeError(f"pixels: a tensor is wanted, got {type(pixels).__name__}")
         if pixels.device != self.mean.device:
             raise ValueError(f"pixels: a tensor on {self.mean.device} is wanted, got one on {pixels.device}")
-        if pixels.dim() != 4 or not pixels.numel() or pixels.dtype != torch.uint8 or pixels.shape[1] not in (1, self.channels):
+        fits = pixels.dim() == 4 and pixels.numel() and pixels.shape[1] in (1, self.channels)
+        if not fits or pixels.dtype != torch.uint8:
             wanted = f"(B,{self.channels},H,W) of uint8 are wanted"
             raise ValueError(f"pixels: {wanted}, got {tuple(pixels.shape)} of {pixels.dtype}")
         if self.training and (self.shift or self.flip):

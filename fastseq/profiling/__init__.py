@@ -34,8 +34,9 @@ class Profile:
         phases: what `step_ms` is made of, in the order of a step.
         calls: operators called a step.
         python_share: of the step that is outside operators.
-        kept_bytes: that are kept for the backward pass, parameters not counted.
-        peak_bytes: on a GPU the most that torch held; elsewhere the most that the tensors made in a step hold at once.
+        kept_bytes: that are kept for the backward pass, parameters not counted; None for a compiled model.
+        peak_bytes: on a GPU the most that torch held; elsewhere the most that the tensors made in a step hold at once,
+            None for a compiled model.
         launches: kernels and copies a step on a GPU.
         waits: times a step that the host waits for the GPU.
         gpu: how busy and how full the GPU was; None without one.
@@ -48,8 +49,8 @@ class Profile:
     phases: list[Phase]
     calls: float
     python_share: float
-    kept_bytes: int
-    peak_bytes: int
+    kept_bytes: int | None
+    peak_bytes: int | None
     launches: float
     waits: float
     gpu: Sample | None
@@ -66,8 +67,11 @@ class Profile:
             f"{self.step_ms:.2f} ms a step, timed on its own; recording made it {self.recorded_ms:.2f} ms, which the "
             "phases do without.",
             f"{self.calls:.0f} operator calls a step; {self.python_share:.0%} of it is Python, outside operators.",
-            f"{_mb(self.kept_bytes)} MB are kept for the backward pass; {_mb(self.peak_bytes)} MB live at the peak.",
         ]
+        if self.kept_bytes is not None:
+            lines.append(f"{_mb(self.kept_bytes)} MB are kept for the backward pass.")
+        if self.peak_bytes is not None:
+            lines.append(f"{_mb(self.peak_bytes)} MB live at the peak.")
         if self.launches:
             lines.append(f"{self.launches:.0f} launches and {self.waits:.0f} waits for the GPU a step.")
         return [*lines, *([str(self.gpu)] if self.gpu else []), self.device]
@@ -147,9 +151,9 @@ def profile(
     device = _device(marks.roots)
     with GpuWatch(device, interval=0.1) as watch:
         spent = seconds(step, steps, device)
-        reading, costs = recorded(step, steps, marks, device, File(trace) if trace is not None else None)
-        spent += seconds(step, steps, device)
         gpu = watch.mean()
+    reading, costs = recorded(step, steps, marks, device, File(trace) if trace is not None else None)
+    spent += seconds(step, steps, device)
     step_ms = 1e3 * spent / (2 * steps)
     needs, inputs = memory(step, marks, device)
     tree = build(reading, needs.kept, marks.modules, step_ms, costs)

@@ -71,6 +71,13 @@ class Marks:
         return self._paths[root]
 
     @property
+    def compiled(self) -> bool:
+        """Whether torch.compile has made one piece of a module, or of all, so that none was seen."""
+        made = ("_orig_mod", "_compiled_call_impl")
+        found = (getattr(module, name, None) is not None for module in self.modules.values() for name in made)
+        return not self.modules or any(found)
+
+    @property
     def parameters(self) -> set[int]:
         """The addresses of the storages of the roots' parameters and buffers."""
         tensors = [tensor for root in self.roots for tensor in (*root.parameters(), *root.buffers())]

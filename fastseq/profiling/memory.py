@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,6 +47,11 @@ class Live:
                 self.at_peak[place] += size
 
 
+def _has_memory(value: Any) -> bool:
+    """Whether it is a tensor with a storage of its own: no sparse one, and none that torch.compile traces with."""
+    return type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+
+
 class Kept(torch.autograd.graph.saved_tensors_hooks):
     """While it is entered, adds up in `live` what forward passes save for backward, by the place that saves it.
 
@@ -60,15 +65,15 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
         self._saving = False
 
         def pack(tensor: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():  # a compiler would take this into its graph
+                return tensor
             self._saving = True
-            # While torch.compile traces, tensors have no memory.
-            if tensor.layout == torch.strided and tensor.untyped_storage().device.type != "meta":
-                if tensor.untyped_storage().data_ptr() not in parameters:
-                    self.live.add(tensor, place())
+            if _has_memory(tensor) and tensor.untyped_storage().data_ptr() not in parameters:
+                self.live.add(tensor, place())
             return tensor
 
         def unpack(tensor: Tensor) -> Tensor:
-            if self._saving:  # backward begins, and all is there
+            if not torch.compiler.is_compiling() and self._saving:  # backward begins, and all is there
                 self.live.look()
                 self._saving = False
             return tensor
@@ -81,14 +86,14 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ops, self.live = 0, Live()
+        self.ops: int = 0
+        self.live: Live = Live()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.ops += 1
         result = func(*args, **(kwargs or {}))
         known = {id(value) for value in tree_leaves((args, kwargs))}
         for value in tree_leaves(result):
-            if isinstance(value, Tensor) and id(value) not in known and value._base is None:
-                if value.untyped_storage().device.type != "meta":
-                    self.live.add(value)
+            if _has_memory(value) and id(value) not in known and value._base is None:
+                self.live.add(value)
         return result

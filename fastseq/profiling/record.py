@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path as File
 from typing import Any, NamedTuple, cast
 
@@ -35,6 +35,7 @@ def synchronize(device: torch.device) -> None:
 
 def seconds(step: Step, count: int, device: torch.device) -> float:
     """How long so many steps take."""
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(count):
         step()
@@ -117,7 +118,7 @@ def _quiet() -> Iterator[None]:
 
 
 class Memory(NamedTuple):
-    """What a step needs.
+    """What a step needs; None for what cannot be watched, in a model that is compiled.
 
     Attributes:
         kept: the bytes that each place keeps for the backward pass.
@@ -127,21 +128,27 @@ class Memory(NamedTuple):
     """
 
     kept: dict[Path, int]
-    kept_bytes: int
-    peak_bytes: int
+    kept_bytes: int | None
+    peak_bytes: int | None
 
 
 def memory(step: Step, marks: Marks, device: torch.device) -> tuple[Memory, Inputs]:
     """Runs two steps, with their memory and what modules are given watched."""
     kept = Kept(lambda: marks.place, marks.parameters)
-    with Inputs(marks.modules) as inputs, marks, kept:
+    with Inputs(marks.modules) as inputs, marks, nullcontext() if marks.compiled else kept:
         step()
+    by_place = cast(dict[Path, int], dict(kept.live.at_peak))
+    return Memory(by_place, None if marks.compiled else kept.live.peak, _peak(step, marks, device)), inputs
+
+
+def _peak(step: Step, marks: Marks, device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        with Watch() as watch:
-            step()
-        peak = watch.live.peak
-    return Memory(cast(dict[Path, int], dict(kept.live.at_peak)), kept.live.peak, peak), inputs
+        return torch.cuda.max_memory_allocated(device)
+    if marks.compiled:
+        return None
+    watch = Watch()
+    with watch:
+        step()
+    return watch.live.peak

@@ -29,10 +29,14 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.clone()
         torch.distributed.all_reduce(total)
         return total
+
+
+def _sum(x: Tensor) -> Tensor:
+    return cast(Tensor, _Sum.apply(x))  # type: ignore[no-untyped-call]
 
 
 class CommonBatchNorm(_BatchNorm):
@@ -48,10 +52,11 @@ class CommonBatchNorm(_BatchNorm):
         kind, x = x.dtype, x.float()
         dims = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        sums = cast(Tensor, _Sum.apply(torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])))
-        mean, count = sums[:-1] / sums[-1].detach(), sums[-1].detach()
+        sums = _sum(torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
         centred = x - mean.view(shape)
-        variance = cast(Tensor, _Sum.apply(centred.square().sum(dims))) / count
+        variance = _sum(centred.square().sum(dims)) / count
         self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         scale = torch.rsqrt(variance + self.eps) * self.weight
         return (centred * scale.view(shape) + self.bias.view(shape)).to(kind)

@@ -74,7 +74,7 @@ class RecipeConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _named(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _named(cls, values: Any) -> Any:
         """A run's name takes the place of the last part of its directory: ``run_name=a`` is ``run_dir=runs/a``."""
         if not isinstance(values, dict):  # pydantic says so
             return values

@@ -82,6 +82,7 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("page", _pages(*SHELL))
 def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").touch()  # the reader's own; a page may say what is in it
     for block in blocks(page):
         if block.language == "yaml" and (name := re.match(r"# (\w+\.yaml)\n", block.text)):
             (tmp_path / name[1]).write_text(block.text)
@@ -185,9 +186,7 @@ def _pip(arguments: list[str]) -> None:
 
 def _other(command: list[str]) -> None:
     """One of the tools of the trade; the files of the project that it names are there."""
-    tools = (
-        "bash cd cmake ctest export git lint-imports mkdir mkdocs mypy pre-commit pytest python ruff venv"
-    )
+    tools = "bash cd cmake ctest echo export git lint-imports ls mkdir mkdocs mypy pre-commit pytest python ruff venv"
     assert command[0] in [*tools.split(), "."], "no such command is known to the test"
     for word in command[1:]:
         name = word.partition("::")[0]

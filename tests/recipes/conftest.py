@@ -112,7 +112,7 @@ def review(rng: random.Random) -> dict[str, Any]:
         "text": " ".join(words),
         "label": "up" if up else "down",
         "source": f"{' '.join(words)} is a film.",
-        "target": f"a film {words[0]}",
+        "target": " ".join(["film", *words[: 1 + len(words) % 3]]),
         "parts": parts,
         "kind": kind,
         "price": math.exp(parts / 10 + "xyz".index(kind) + up),

@@ -12,8 +12,12 @@ import pytest
 import torch
 
 from fastseq.recipes import checkpoint
-from fastseq.recipes.batch_size import out_of_memory
+from fastseq.recipes.batch_size import Fitting, out_of_memory
+from fastseq.recipes.config import TrainConfig
 from fastseq.recipes.errors import RecipeError
+from fastseq.recipes.loading import EpochBatches, Piece, Pieces, Shares
+from fastseq.recipes.settings import make_accelerator
+from fastseq.recipes.task import Task
 
 JOBS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("jobs.py"))))
 RUN = ["train.batch_size=12", "train.epochs=4", "train.accumulate=1", "train.eval_every=4", "train.save_every=1"]
@@ -83,6 +87,34 @@ def test_evaluation_in_smaller_batches(recipes: dict[str, list[str]], tmp_path: 
     sizes.clear()
     JOBS.run(JOBS.settings("tagger", [*config, FIND]), build)
     assert sizes == [5, 3, 2, 2, 2]  # once for each evaluation, after the first has found out
+
+
+def test_a_failed_try_leaves_no_trace() -> None:
+    """Neither in gradients, nor in the statistics of batch normalisation."""
+    model = torch.nn.BatchNorm1d(1)
+    shares = Shares(EpochBatches(np.ones(4, dtype=np.int64), 4, 0, False), np.ones(4))
+    pieces = Pieces(Task("", model, list(range(4)), [], [], collate, lambda _: 1, lambda *_: {}, ""))
+    sizes = []
+
+    def gradients(update: list[Piece]) -> torch.Tensor:
+        for piece in update:
+            sizes.append(len(piece.batch["x"]))
+            model(piece.batch["x"]).square().sum().backward()
+            if sizes[-1] > 2:
+                raise torch.OutOfMemoryError
+        return torch.tensor(1.0)
+
+    fitting = Fitting(model, pieces, shares, make_accelerator(TrainConfig(device="cpu")))
+    (share,) = next(iter(shares))
+    assert fitting(gradients, pieces[[share]]) == 1
+    assert sizes == [4, 2, 2]
+    assert model.num_batches_tracked == 2
+    assert model.weight.grad is not None
+    assert abs(float(model.weight.grad[0]) - 8) < 1e-2  # twice the squares, of 4 examples and not of 8
+
+
+def collate(examples: list[int]) -> dict[str, torch.Tensor]:
+    return {"x": torch.tensor(examples, dtype=torch.float32)[:, None]}
 
 
 def test_what_an_error_says() -> None:

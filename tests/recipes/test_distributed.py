@@ -25,7 +25,7 @@ from fastseq.recipes.loading import EpochBatches, Shares
 JOBS = Path(__file__).with_name("jobs.py")
 HERE = SimpleNamespace(**runpy.run_path(str(JOBS)))
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastseq.recipes.tagger", "fastseq.recipes.train", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(["fastseq.recipes.train", "torch._dynamo", "transformers.models.bert.modeling_bert"])
 
 Job = Callable[..., list[Any]]
 

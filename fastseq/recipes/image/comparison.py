@@ -20,6 +20,12 @@ from fastseq.recipes.image.data import Images
 from fastseq.recipes.image.plain import PlainImages, plain
 from fastseq.recipes.image.recipe import Config, build, make_model
 
+QUALITY_SECONDS = 60.0
+"""What the plain version may train for the comparison of the scores: about half an epoch on two cores."""
+
+WARMUP = 40
+"""The most steps of warmup: versions are trained for few steps, in which the learning rate must also come down."""
+
 
 def compare(config: Config, examples: int) -> dict[str, Any]:
     """Measures the levers and the quality of both versions; prints and returns the figures.
@@ -30,7 +36,8 @@ def compare(config: Config, examples: int) -> dict[str, Any]:
     """
     words = "a Dataset that augments one image at a time with Pillow, transformers' ResNet, fp32 and torch's AdamW"
     run = Comparison("image", config, build, examples, unit="images", plain=words)
-    task, train, ours = run.task, config.train, cast(ImageClassifier, run.task.model)
+    train = config.train.model_copy(update={"warmup_steps": min(WARMUP, config.train.warmup_steps)})
+    task, ours = run.task, cast(ImageClassifier, run.task.model)
     usual = PlainImages(cast(Images, task.train), config, ours)
     first = levers.plain_setup(
         task, train, partial(plain, config, task), examples=usual, collate=default_collate, loading=True
@@ -48,7 +55,7 @@ def compare(config: Config, examples: int) -> dict[str, Any]:
         levers.smaller("half the channels", lambda _: _narrow(config, task.artefacts).to(run.device)),
     ]
     run.alone(kept, others, levers.loader_levers(run.device))
-    run.evaluation(run.quality(first, kept, test=True))
+    run.evaluation(run.quality(first, kept, QUALITY_SECONDS, most=None, test=True))
     figures = run.finish()
     show(figures, run.console)
     return figures
