@@ -154,8 +154,8 @@ class Op:
     def lacks(self, name: str, reason: str, why_not: WhyNot | None = None) -> None:
         """Say why there is no backend `name`: `fastseq info`, `explain` and the error of forcing it repeat it.
 
-        `why_not` is what the backend would refuse where it is built, and None where it is built nowhere: the table of what
-        runs where is made of it.
+        `why_not` is what the backend would refuse where it is built, and None where it is built nowhere: the table of
+        what runs where is made of it.
         """
 
         def run(*args: Any) -> Any:

@@ -1,7 +1,9 @@
-"""The CPU library under a sanitizer, driven from Python: python csrc/testing/sanitized_python.py address,undefined|thread [BUILD_FOLDER]
+"""The CPU library under a sanitizer, driven from Python.
 
-Builds the library with it, puts it into a copy of the package, and has a Python process with the sanitizer's runtime run
-every op on all of its sample inputs, alone and in two threads at once, whose results must be the same bits. In each
+    python csrc/testing/sanitized_python.py address,undefined|thread [BUILD_FOLDER]
+
+Builds the library with it, puts it into a copy of the package, and has a Python process with the sanitizer's runtime
+run every op on all of its sample inputs, alone and in two threads at once, whose results must be the same bits. In each
 thread torch has one thread of its own: OpenMP's, in which torch would run the kernels, are not instrumented. (The C++
 tests run the kernels in threads that are.) Under `address` a read beyond the end of an argument is planted, and must be
 found, or else the rest means nothing.

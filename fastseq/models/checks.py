@@ -13,7 +13,14 @@ IDS = (torch.int64, torch.int32)
 
 
 def check_ids(
-    name: str, x: Tensor, letters: str, shape: tuple[int, ...], like: Tensor, low: int, high: int, off: int | None = None
+    name: str,
+    x: Tensor,
+    letters: str,
+    shape: tuple[int, ...],
+    like: Tensor,
+    low: int,
+    high: int,
+    off: int | None = None,
 ) -> None:
     """Raise the error that says what is wrong with ids or lengths, if anything is.
 

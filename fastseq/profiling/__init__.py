@@ -112,10 +112,10 @@ def profile(
 ) -> Profile:
     """Say where the time of a training step goes, and what could be faster.
 
-    The step is run some 50 times and really trains: weights, optimizer and data loader go on. Everything else is left
-    as it was. Its time is that of steps that nothing watches. The phases come from others, under torch's profiler: a
-    module has its forward pass and, by autograd's numbers, the backward pass of what it did; what recording costs is
-    taken off by the number of calls. A module that is compiled is one phase.
+    The step is run some eight times as often as `steps` says, and really trains: weights, optimizer and data loader go
+    on. Everything else is left as it was. Its time is that of steps that nothing watches. The phases come from others,
+    under torch's profiler: a module has its forward pass and, by autograd's numbers, the backward pass of what it did;
+    what recording costs is taken off by the number of calls. A module that is compiled is one phase.
 
     Args:
         step: A function without arguments that does one training step: batch, forward, backward, optimizer.

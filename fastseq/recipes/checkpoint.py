@@ -61,9 +61,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(
-            f"{path}: could not be written ({error.strerror or error}). What was there before is kept. Free some space, "
-            "or mend the folder's permissions, and start again with the same settings: the run goes on from its last "
-            "checkpoint"
+            f"{path}: could not be written ({error.strerror or error}). What was there before is kept. Free some "
+            "space, or mend the folder's permissions, and start again with the same settings: the run goes on from its "
+            "last checkpoint"
         ) from error
 
 

@@ -56,7 +56,8 @@ class Reporter:
             TimeRemainingColumn(),
             disable=not (main and config.train.progress),
         )
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # of the updates since the last look at them
+        self.summed, self.count = 0.0, 0  # those looked at since the last evaluation
         self.gpu = GpuWatch(device if main else torch.device("cpu"))
 
     def __enter__(self) -> Reporter:
@@ -81,11 +82,13 @@ class Reporter:
 
     def update(self, position: Position, loss: Tensor, lr: float) -> None:
         """After each update: its loss (a scalar on the device)."""
+        if not self.main:
+            return
         self.losses.append(loss)
         self.now = time.perf_counter()
-        if position.step % REFRESH or not self.main:
+        if position.step % REFRESH:
             return
-        recent = sum(value.item() for value in self.losses[-REFRESH:]) / len(self.losses[-REFRESH:])
+        recent = self._look()
         gpu = self.gpu.latest
         shown = f"  {gpu}" if gpu is not None else ""
         self.progress.update(
@@ -103,7 +106,8 @@ class Reporter:
         """After each evaluation on dev."""
         if not self.main:
             return
-        loss = sum(value.item() for value in self.losses) / max(1, len(self.losses))
+        self._look()
+        loss = self.summed / max(1, self.count)
         gpu = self.gpu.mean()
         line = {
             "step": position.step,
@@ -122,8 +126,15 @@ class Reporter:
         shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
         self.progress.console.print(f"step {position.step}/{self.total}  train loss {loss:.3f}  dev {shown}")
         self.dev = f"  dev {shown}"
-        self.losses = []
+        self.summed, self.count = 0.0, 0
         self.since = (position.step, time.perf_counter())
+
+    def _look(self) -> float:
+        """The mean loss since the last look; waits for the device."""
+        values = [loss.item() for loss in self.losses]
+        self.losses = []
+        self.summed, self.count = self.summed + sum(values), self.count + len(values)
+        return sum(values) / max(1, len(values))
 
     def _rate(self, step: int) -> float:
         """Training examples a second from the last evaluation to the last update."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -25,6 +26,24 @@ class Splits(NamedTuple):
     test: list[Row]
 
 
+@contextlib.contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Turns the error of text that is not UTF-8 into one that names the file and the line.
+
+    Raises:
+        DataError: from a UnicodeDecodeError.
+    """
+    try:
+        yield
+    except UnicodeDecodeError:
+        try:
+            path.read_bytes().decode("utf-8")  # all of it, for the place in the file
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise DataError(f"{path}:{line}: not UTF-8: {error.reason}") from None
+        raise
+
+
 def read(path: Path, check: Callable[[Row], object]) -> list[Row]:
     """Reads a table: ``.csv`` and ``.tsv`` files have a line of column names, any other holds a JSON object a line.
 
@@ -39,13 +58,14 @@ def read(path: Path, check: Callable[[Row], object]) -> list[Row]:
         raise DataError(f"{path}: no such file")
     rows = []
     values = _separated if path.suffix in (".csv", ".tsv") else _json_lines
-    for number, value in values(path):
-        try:
-            row = value if isinstance(value, dict) else parse(value)
-            check(row)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-        rows.append(row)
+    with decoding(path):
+        for number, value in values(path):
+            try:
+                row = value if isinstance(value, dict) else parse(value)
+                check(row)
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+            rows.append(row)
     if not rows:
         raise DataError(f"{path}: no row in it")
     return rows

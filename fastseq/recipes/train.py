@@ -101,9 +101,8 @@ class Trainer:
     def __init__(self, task: Task, config: RecipeConfig, accelerator: Accelerator) -> None:
         self.task, self.config, self.accelerator = task, config, accelerator
         self.position = Position()
-        self.shares = training_shares(
-            task, config.train, config.seed, accelerator.process_index, accelerator.num_processes
-        )
+        place = accelerator.process_index, accelerator.num_processes
+        self.shares = training_shares(task, config.train, config.seed, *place)
         self.loader = training_loader(task, self.shares, config.train, accelerator.device.type == "cuda")
         self.dev = evaluation_sample(task.dev, config.train, config.seed)
         self.eval_batch_size = config.train.eval_batch_size
@@ -273,17 +272,16 @@ def _claim(config: RecipeConfig) -> dict[str, float] | None:
     """
     folder = config.run_dir
     file, finished = folder / "config.yaml", folder / "test.json"
-    resolved = config.model_dump(mode="json")
     if not file.exists():
         with checkpoint.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         checkpoint.write_atomically(file, lambda temporary: temporary.write_text(text, "utf-8"))
     try:
         old = type(config).model_validate(yaml.safe_load(file.read_text("utf-8")))
     except (ValueError, yaml.YAMLError):
         raise ConfigError(
-            f"run_dir: {file} is not a configuration that this version knows; choose another run_dir, or delete {folder}"
+            f"run_dir: {file} is not a configuration that this version knows; choose another one, or delete {folder}"
         ) from None
     changed = differences(
         old.model_dump(mode="json", exclude=NOT_THE_RESULT),

@@ -141,7 +141,7 @@ class Draw:
         """Ids, some of them `value`, which stands for none."""
         share = self.choice(0.0, 0.3, 1.0)
         off = torch.rand(x.shape, generator=self.generator) < share
-        return self.layout(torch.where(off, value, x).to(x.dtype if value >= 0 and x.dtype != torch.uint8 else x.dtype))
+        return self.layout(torch.where(off, value, x).to(x.dtype))
 
     def mask(self, shape: tuple[int, ...], *, bytes_too: bool = True) -> Tensor | None:
         """Holes, padding, whole rows off, all on or off, or none."""
@@ -205,7 +205,10 @@ class Draw:
         if x.dim():
             d = self.random.randrange(x.dim())
             kinds += [lambda: x.narrow(d, 0, max(x.shape[d] - 1, 0)), lambda: torch.cat([x, x], d)]
-            kinds += [lambda: x.transpose(0, d), lambda: x.new_zeros([0 if i == d else n for i, n in enumerate(x.shape)])]
+            kinds += [
+                lambda: x.transpose(0, d),
+                lambda: x.new_zeros([0 if i == d else n for i, n in enumerate(x.shape)]),
+            ]
         if x.dtype in FLOATS:
             kinds.append(lambda: torch.full_like(x, self.choice(float("nan"), float("inf"), -float("inf"), 1e4, 0)))
         elif x.dtype != torch.bool and not x.dtype.is_complex:
@@ -314,7 +317,9 @@ def alike(a: Any, b: Any, exact: bool, tolerance: float, where: str) -> None:
     if isinstance(a, Tensor):
         if a.is_floating_point():
             limit = max(tolerance, TOLERANCES[a.dtype])
-            torch.testing.assert_close(a, b, rtol=limit, atol=limit, equal_nan=True, msg=lambda text: f"{where}: {text}")
+            torch.testing.assert_close(
+                a, b, rtol=limit, atol=limit, equal_nan=True, msg=lambda text: f"{where}: {text}"
+            )
         else:
             assert a.shape == b.shape, where
             assert not exact or torch.equal(a, b), f"{where}: {a} and {b}"

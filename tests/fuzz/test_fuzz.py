@@ -78,10 +78,23 @@ def test_nothing_but_documented_errors(name: str) -> None:
         check(CALLS[name], random, log)
 
     if not MINUTES:
-        rule = settings(max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+        rule = settings(
+            max_examples=EXAMPLES,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],
+        )
         rule(given(st.randoms(use_true_random=False))(one))()
         return
     while time.monotonic() < end:
-        rule = settings(max_examples=ROUND, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
+        rule = settings(
+            max_examples=ROUND,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+        )
         rule(given(st.randoms(use_true_random=False))(one))()
     print(f"\n{count:8d} calls of {name}")

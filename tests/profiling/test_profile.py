@@ -131,7 +131,7 @@ def test_what_is_kept_for_backward() -> None:
 def test_loading_clipping_and_optimizer_are_phases() -> None:
     class Data(TensorDataset):
         def __getitem__(self, index: Any) -> Any:
-            time.sleep(0.005)
+            time.sleep(0.003)
             return super().__getitem__(index)
 
     model = Slow(0.0, 0.001)

@@ -155,16 +155,33 @@ def small_run(
     shape = "{model_type: deberta-v2, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,"
     shape += " intermediate_size: 24, relative_attention: true, pos_att_type: [p2c, c2p], position_buckets: 4}"
     encoder = [f"model.encoder.checkpoint={tiny_encoder}", "model.encoder.max_length=16"]
+    small = "{embedding_size: 4, hidden_sizes: [4, 8], depths: [1, 1]}"
+    fresh = f"{{tokenizer: {tiny_encoder}, max_length: 16, shape: {shape}}}"
     of = {
-        "summarizer": ["data.name=jsonl", *rows, "data.min_count=2", "data.max_target=5", "model.embedding_dim=8"]
-        + ["model.hidden_size=8", "model.dropout=0.1", "decoding.beam_size=2"],
-        "classifier": ["data.name=table", *rows, "data.text=text", "data.label=label", *encoder],
-        "regressor": ["data.name=table", *rows, "data.target=price", "data.text=[text]", "data.numeric=[parts]"]
-        + ["data.categorical=[kind]", "data.bags=[text]", "model.bag_size=64"]
-        + [f"model.encoder={{tokenizer: {tiny_encoder}, max_length: 16, shape: {shape}}}"],
-        "image": ["data.name=folder", f"data.folder={images}", "model.shift=1"]
-        + ["model.shape={embedding_size: 4, hidden_sizes: [4, 8], depths: [1, 1]}"],
+        "summarizer": [
+            "data.name=jsonl",
+            "data.min_count=2",
+            "data.max_target=5",
+            "model.embedding_dim=8",
+            "model.hidden_size=8",
+            "model.dropout=0.1",
+            "decoding.beam_size=2",
+        ],
+        "classifier": ["data.name=table", "data.text=text", "data.label=label", *encoder],
+        "regressor": [
+            "data.name=table",
+            "data.target=price",
+            "data.text=[text]",
+            "data.numeric=[parts]",
+            "data.categorical=[kind]",
+            "data.bags=[text]",
+            "model.bag_size=64",
+        ],
+        "image": ["data.name=folder", f"data.folder={images}", "model.shift=1", f"model.shape={small}"],
     }
+    of["regressor"].append(f"model.encoder={fresh}")
+    for recipe in ("summarizer", "classifier", "regressor"):
+        of[recipe] += rows
 
     def settings(recipe: str, run_dir: Path) -> list[str]:
         if recipe == "tagger":

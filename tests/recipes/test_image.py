@@ -247,6 +247,7 @@ def test_compare(settings: list[str], tmp_path: Path) -> None:
     assert all(lever["examples_per_s"] > 0 and lever["peak_bytes"] > 0 for lever in figures["levers"])
     assert [row["name"] for row in figures["quality"]] == ["plain", "fastseq"]
     assert "half the channels" in [row["name"] for row in figures["alone"]]
+    assert "cached features" in [row["name"] for row in figures["around"]]
     assert {"bf16", "cuDNN benchmark"} <= {row["name"] for row in figures["not_tried"]} or torch.cuda.is_available()
     assert "disagree by" in output
 

@@ -110,7 +110,9 @@ def test_killed_at_random_moments(tiny: list[str], tmp_path: Path, reference: tu
 def test_every_recipe_survives_a_kill(recipe: str, small_run: Any, tmp_path: Path) -> None:
     seconds = left_alone(recipe, small_run(recipe, tmp_path / "whole"))
     overrides = small_run(recipe, tmp_path / "run")
-    start(overrides, die_at_rename=14, recipe=recipe).join()  # in the midst of its checkpoints, however slow the machine
+    start(
+        overrides, die_at_rename=14, recipe=recipe
+    ).join()  # in the midst of its checkpoints, however slow the machine
     kill_and_resume(recipe, overrides, tmp_path / "run", seconds, kills=1, seed=2)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import fastseq
-from fastseq.registry import OPS, Op
+from fastseq.registry import OPS, Backend, Op
 from fastseq.testing import backend_of, compare, sample_inputs
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def at_once(*work: Callable[[], Any]) -> list[Any]:
@@ -41,7 +41,7 @@ def at_once(*work: Callable[[], Any]) -> list[Any]:
 
 def forward_and_backward(op: Op, args: tuple[Any, ...]) -> list[Tensor]:
     """The outputs, and where there is a derivative, the gradients of the first one's sum."""
-    if op.backward is None:
+    if op.backward is None or op.name.endswith("_grad"):  # second derivatives are plain torch's
         output = op(*args)
         return [output] if isinstance(output, Tensor) else list(output)
     leaves = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
@@ -52,6 +52,11 @@ def forward_and_backward(op: Op, args: tuple[Any, ...]) -> list[Tensor]:
     return [x.detach() for x in (*outputs, *found) if x is not None]
 
 
+def fits(op: Op, backend: Backend, args: tuple[Any, ...]) -> bool:
+    """Whether the backend runs it; a decoder whose rows share a memory has no gradient."""
+    return backend.refusal(*args) is None and (op.name != "pointer_decoder" or len(args[0]) == len(args[1]))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_two_threads_have_the_bits_of_one(name: str, backend: str) -> None:
@@ -60,7 +65,7 @@ def test_two_threads_have_the_bits_of_one(name: str, backend: str) -> None:
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     chosen = backend_of(op, backend)
-    samples = [[a for a in sample_inputs(name, seed=s) if chosen.refusal(*a) is None][::5] for s in (0, 1)]
+    samples = [[a for a in sample_inputs(name, seed=s) if fits(op, chosen, a)][::8] for s in (0, 1)]
 
     def work(number: int) -> list[list[Tensor]]:
         with fastseq.use(backend):

@@ -21,6 +21,7 @@ from fastseq.host import ExtendedVocabulary
 from fastseq.models.summarizer import ABSENT, IGNORE, PAD, START, STOP, UNK
 from fastseq.recipes.errors import DataError
 from fastseq.recipes.fetch import fetch
+from fastseq.recipes.table import decoding
 from fastseq.recipes.task import Batch
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -52,7 +53,7 @@ def read_jsonl(path: Path) -> list[Pair]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     pairs = []
-    with path.open(encoding="utf-8") as file:
+    with decoding(path), path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:

@@ -18,6 +18,7 @@ import torch
 from fastseq.models.tagger import IGNORE, PAD
 from fastseq.recipes.errors import DataError
 from fastseq.recipes.fetch import fetch
+from fastseq.recipes.table import decoding
 from fastseq.recipes.task import Batch
 
 
@@ -50,19 +51,20 @@ def read_conll(path: Path, token_column: int = 0, tag_column: int = -1) -> list[
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     sentences, current = [], Sentence([], [])
-    for number, line in enumerate([*path.read_text("utf-8").splitlines(), ""], start=1):
+    with decoding(path):
+        text = path.read_text("utf-8")
+    for number, line in enumerate([*text.splitlines(), ""], start=1):
         fields = line.split()
         if not fields or fields[0] == "-DOCSTART-":
             if current.tokens:
                 sentences.append(current)
                 current = Sentence([], [])
             continue
-        try:
-            token, tag = fields[token_column], fields[tag_column]
-        except IndexError:
-            raise DataError(
-                f"{path}:{number}: columns {token_column} and {tag_column} are wanted, got {len(fields)}"
-            ) from None
+        count = len(fields)
+        there = all(-count <= column < count for column in (token_column, tag_column))
+        if not there or token_column % count == tag_column % count:  # a word is not its own tag
+            raise DataError(f"{path}:{number}: columns {token_column} and {tag_column} are wanted, got {count}")
+        token, tag = fields[token_column], fields[tag_column]
         current.tokens.append(token)
         current.tags.append(tag)
     if not sentences:
@@ -222,13 +224,16 @@ def read_vectors(path: Path, values: Sequence[str], size: int) -> torch.Tensor:
 
     Returns:
         (len(values) + 2, size); random like a fresh table where the file has no vector, zero for padding.
+
+    Raises:
+        DataError: no file, or a line that is no vector; with file and line.
     """
     if not path.is_file():
         raise DataError(f"model.vectors: no file at {path}")
     table = torch.randn(len(values) + UNKNOWN + 1, size) * 0.3
     table[PAD] = 0
     ids = {value: i for i, value in enumerate(values, start=UNKNOWN + 1)}
-    with path.open(encoding="utf-8") as file:
+    with decoding(path), path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             value, *numbers = line.rstrip().split(" ")
             if number == 1 and len(numbers) == 1:
@@ -236,5 +241,8 @@ def read_vectors(path: Path, values: Sequence[str], size: int) -> torch.Tensor:
             if len(numbers) != size:
                 raise DataError(f"{path}:{number}: {size} numbers are wanted (model.features), got {len(numbers)}")
             if value in ids:
-                table[ids[value]] = torch.tensor([float(x) for x in numbers])
+                try:
+                    table[ids[value]] = torch.tensor([float(x) for x in numbers])
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: {error}") from None
     return table

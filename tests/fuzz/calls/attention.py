@@ -121,5 +121,10 @@ def disentangled(draw: Draw) -> Call:
 
 @draws("functional.relative_slots")
 def relative_slots(draw: Draw) -> Call:
-    arguments = {"length": draw.size(), "position_buckets": draw.choice(-1, 0, 2, 8), "max_position": 6, "device": "cpu"}
+    arguments = {
+        "length": draw.size(),
+        "position_buckets": draw.choice(-1, 0, 2, 8),
+        "max_position": 6,
+        "device": "cpu",
+    }
     return Call(functional.relative_slots, arguments)

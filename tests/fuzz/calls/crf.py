@@ -14,7 +14,13 @@ from fastseq.integrations import torchcrf
 OWN = ("transitions",)
 """What a module's messages name where emissions do not fit its parameters."""
 
-STRICT = (*OWN, "the first two dimensions of emissions", "expected last dimension", "invalid reduction", "mask of the first")
+STRICT = (
+    *OWN,
+    "the first two dimensions of emissions",
+    "expected last dimension",
+    "invalid reduction",
+    "mask of the first",
+)
 """What pytorch-crf's own messages begin with."""
 
 REDUCTIONS = ("none", "sum", "mean", "token_mean")
@@ -110,7 +116,9 @@ def constraints(draw: Draw, k: int) -> dict[str, Any]:
     """Of transitions, of the first and of the last tag; each may be None."""
     allowed = {"transitions": (k, k), "start": (k,), "end": (k,)}
     share = draw.choice(0.9, 0.5, 0.0)
-    found = {n: torch.rand(s, generator=draw.generator) < share if draw.chance(0.2) else None for n, s in allowed.items()}
+    found = {
+        n: torch.rand(s, generator=draw.generator) < share if draw.chance(0.2) else None for n, s in allowed.items()
+    }
     if any(x is not None for x in found.values()):
         draw.finite = draw.ordinary = False
     return found

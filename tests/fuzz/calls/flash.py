@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from calls.attention import heads, packed_lengths, qkv, result_of, settings
 from harness import Call, Draw, draws
 
+from calls.attention import heads, packed_lengths, qkv, result_of, settings
 from fastseq import flash_attn
 from fastseq.flash_attn import bert_padding
 
@@ -70,7 +70,9 @@ def packed(draw: Draw, name: str) -> Call:
         arguments |= {x: draw.floats((n * wide + 1, 2, *k.shape[1:]), k.dtype) for x in "kv"}
     probabilities = tail(draw, arguments, [(q.shape[1],), (n, q.shape[1])])
     results = None if probabilities else [(q.shape, q.dtype)]
-    return Call(getattr(flash_attn, name), arguments, results, words=("q", "k", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q"))
+    return Call(
+        getattr(flash_attn, name), arguments, results, words=("q", "k", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q")
+    )
 
 
 @draws("flash_attn.flash_attn_with_kvcache")
@@ -143,7 +145,12 @@ def unpad_concatenated(draw: Draw) -> Call:
 def pad(draw: Draw) -> Call:
     b, s, rest, dtype = padded(draw)
     indices = torch.randperm(b * s, generator=draw.generator)[: draw.size()]
-    arguments = {"hidden_states": draw.floats((len(indices), *rest), dtype), "indices": indices, "batch": b, "seqlen": s}
+    arguments = {
+        "hidden_states": draw.floats((len(indices), *rest), dtype),
+        "indices": indices,
+        "batch": b,
+        "seqlen": s,
+    }
     return Call(bert_padding.pad_input, arguments, [((b, s, *rest), dtype)], words=("first_axis_dim", "values"))
 
 

@@ -127,7 +127,11 @@ def regress(draw: Draw, name: str) -> Call:
 @draws("models.TextRegressor")
 def make_regressor(draw: Draw) -> Call:
     arguments = {"encoder": encoder() if draw.chance(0.3) else None, "numeric": 1, "category_sizes": [3, 4], "bags": 1}
-    return Call(models.TextRegressor, arguments | {"bag_size": 5, "hidden_size": 4, "loss": "smape", "pooling": "mean"}, spoils=False)
+    return Call(
+        models.TextRegressor,
+        arguments | {"bag_size": 5, "hidden_size": 4, "loss": "smape", "pooling": "mean"},
+        spoils=False,
+    )
 
 
 @functools.cache
