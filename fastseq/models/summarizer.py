@@ -245,8 +245,9 @@ class PointerGeneratorSummarizer(nn.Module):
         """
         limits = (beam_size, max_steps, min_steps, length_penalty, no_repeat_ngram, early_stopping)
         settings = Settings(START, STOP, (PAD, UNK, START), *limits)
+        memory = self.encode(source_ids, source_lengths)
         check_ids("source_extended", source_extended, "(B, S)", tuple(source_ids.shape), source_ids, ABSENT, MANY)
-        decoding = _Decoding(self, self.encode(source_ids, source_lengths), source_extended, return_attention)
+        decoding = _Decoding(self, memory, source_extended, return_attention)
         found = Search(decoding, len(source_ids), settings, source_ids.device).run()
         rows = zip(found.words.tolist(), found.lengths.tolist(), strict=True)
         ids, scores = [row[:count] for row, count in rows], found.scores.tolist()

@@ -81,7 +81,10 @@ def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # of a path torch.save would not say why it cannot be written
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch fails once more as it closes a file that could not be written
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     write_atomically(path, write, keep_previous)
 

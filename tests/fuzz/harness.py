@@ -306,7 +306,8 @@ def check_alike(call: Call, outcomes: list[Outcome], ordinary: bool, mode: str) 
     for other in outcomes[1:]:
         assert (first.error is None) == (other.error is None), f"one raises only: {first.error!r}, {other.error!r}"
         if ordinary and first.error is None:
-            dtypes = [x.dtype for x in call.arguments.values() if isinstance(x, Tensor) and x.dtype in TOLERANCES]
+            involved = [*call.arguments.values(), *tensors(first.results)]  # a module has a precision of its own
+            dtypes = [x.dtype for x in involved if isinstance(x, Tensor) and x.dtype in TOLERANCES]
             least = max((TOLERANCES[d] for d in dtypes), default=0.0)
             least = max(least, TOLERANCES[torch.bfloat16] * (mode == "autocast"))
             alike(first.results, other.results, call.exact, least, "results")

@@ -158,28 +158,13 @@ def small_run(
     small = "{embedding_size: 4, hidden_sizes: [4, 8], depths: [1, 1]}"
     fresh = f"{{tokenizer: {tiny_encoder}, max_length: 16, shape: {shape}}}"
     of = {
-        "summarizer": [
-            "data.name=jsonl",
-            "data.min_count=2",
-            "data.max_target=5",
-            "model.embedding_dim=8",
-            "model.hidden_size=8",
-            "model.dropout=0.1",
-            "decoding.beam_size=2",
-        ],
+        "summarizer": ["data.name=jsonl", "data.min_count=2", "data.max_target=5", "decoding.beam_size=2"],
         "classifier": ["data.name=table", "data.text=text", "data.label=label", *encoder],
-        "regressor": [
-            "data.name=table",
-            "data.target=price",
-            "data.text=[text]",
-            "data.numeric=[parts]",
-            "data.categorical=[kind]",
-            "data.bags=[text]",
-            "model.bag_size=64",
-        ],
+        "regressor": ["data.name=table", "data.target=price", "data.text=[text]", f"model.encoder={fresh}"],
         "image": ["data.name=folder", f"data.folder={images}", "model.shift=1", f"model.shape={small}"],
     }
-    of["regressor"].append(f"model.encoder={fresh}")
+    of["summarizer"] += ["model.embedding_dim=8", "model.hidden_size=8", "model.dropout=0.1"]
+    of["regressor"] += ["data.numeric=[parts]", "data.categorical=[kind]", "data.bags=[text]", "model.bag_size=64"]
     for recipe in ("summarizer", "classifier", "regressor"):
         of[recipe] += rows
 

@@ -16,7 +16,7 @@ from fastseq.models.bilstm import mask_of
 from fastseq.models.tagger import SoftmaxDecoder, Tagger
 from fastseq.recipes.compare import levers
 from fastseq.recipes.compare.comparison import Comparison
-from fastseq.recipes.compare.levers import Lever, Setup
+from fastseq.recipes.compare.levers import Changes, Lever, Setup
 from fastseq.recipes.compare.show import show
 from fastseq.recipes.compare.variant import Variant, seconds
 from fastseq.recipes.tagger.data import Encoder
@@ -38,13 +38,14 @@ def compare(config: Config, sentences: int) -> dict[str, Any]:
         config: of the recipe; its model and training settings hold for both versions.
         sentences: the training budget of each version; the time of the plain one is limited too.
     """
-    words = "pytorch-crf on random batches padded to the longest, fp32 and torch's AdamW"
+    words = "pytorch-crf (any tag may follow any) on random batches padded to the longest, fp32 and torch's AdamW"
     run = Comparison("tagger", config, build, sentences, unit="sentences", plain=words)
     task, train, ours = run.task, config.train, cast(Tagger, run.task.model)
     first = levers.plain_setup(task, train, partial(plain, config, task))
     no_crf = "the model has no CRF" if isinstance(ours.decoder, SoftmaxDecoder) else None
+    constrained: Changes = "model" if task.artefacts["scheme"] else ""  # ours knows which tags may follow which
     steps = [
-        Lever("fused CRF", _decoder(lambda: copy.deepcopy(ours.decoder)), why_not=no_crf, base=True),
+        Lever("fused CRF", _decoder(lambda: copy.deepcopy(ours.decoder)), constrained, no_crf, base=True),
         Lever(
             "length buckets",
             lambda setup: replace(setup, model=partial(copy.deepcopy, ours)).but(buckets=True),

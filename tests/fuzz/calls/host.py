@@ -74,3 +74,8 @@ def encode(draw: Draw, name: str) -> Call:
         return getattr(host.ExtendedVocabulary(**made), name)(**named)
 
     return Call(call, arguments, ways=WAYS)
+
+
+@draws("host.keep_memory")
+def keep_memory(draw: Draw) -> Call:
+    return Call(host.keep_memory, {"on": draw.chance(0.5)}, spoils=False)
