@@ -119,7 +119,7 @@ def number(name: str, value: Any) -> float:
     if not fits:
         raise TypeError(f"{name}: got {_what(value)}, wanted a number")
     result = float(value)
-    if not math.isfinite(result):
+    if not -math.inf < result < math.inf:  # math.isfinite cannot be traced with a number that varies
         raise ValueError(f"{name}: got {result}, wanted a finite number")
     return result
 
