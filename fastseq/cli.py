@@ -66,6 +66,22 @@ def _clear_errors() -> Iterator[None]:
         sys.exit(f"fastseq: {error}: {INSTALL}")
 
 
+def _check_output(option: str, file: Path | None, suffixes: tuple[str, ...] = ()) -> None:
+    """Says before minutes of work, and not after them, that its result cannot be written.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    from fastseq.recipes.errors import RecipeError
+
+    if file is None:
+        return
+    if suffixes and file.suffix not in suffixes:
+        raise RecipeError(f"{option}: a name that ends in {' or '.join(suffixes)} is wanted, got {file.name!r}")
+    if not file.absolute().parent.is_dir():
+        raise RecipeError(f"{option}: there is no folder {file.absolute().parent}")
+
+
 def info() -> None:
     """Versions, instruction sets, libraries, and each op's backends with the reason for every "no"."""
     from fastseq._info import main as show
@@ -110,7 +126,7 @@ def compare(
     config: Annotated[
         Path | None, typer.Option(help="A YAML file of changed settings, or the name of one that the recipe brings.")
     ] = None,
-    sentences: Annotated[int, typer.Option(help="The most training examples that each version sees.")] = 12800,
+    sentences: Annotated[int, typer.Option(min=1, help="The most training examples that each version sees.")] = 12800,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them here (PNG or SVG).")] = None,
 ) -> None:
@@ -122,6 +138,8 @@ def compare(
 
         chosen = recipes.get(recipe)
         settings = load(chosen.Config, recipes.RECIPES[recipe], config, overrides or [])
+        _check_output("--json", json)
+        _check_output("--plot", plot, (".png", ".svg"))
         figures = chosen.compare(settings, sentences)
         if json is not None:
             save_json(json, figures)
@@ -151,6 +169,8 @@ def profile(
 
         chosen = recipes.get(recipe)
         settings = load(chosen.Config, recipes.RECIPES[recipe], config, overrides or [])
+        _check_output("--trace", trace)
+        _check_output("--json", json)
         figures = run(recipe, chosen, settings, plain=plain, steps=steps, trace=trace)
         if json is not None:
             save_json(json, figures)

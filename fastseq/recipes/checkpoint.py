@@ -133,7 +133,7 @@ def load_best(path: Path, recipe: str) -> dict[str, Any]:
     """
     state = load(path / "best.pt" if path.is_dir() else path)
     if state.get("recipe") != recipe:
-        raise CheckpointError(f"{path}: not a {recipe}'s best.pt (last.pt is for resuming)")
+        raise CheckpointError(f"{path}: not the best.pt of the recipe {recipe} (last.pt is for resuming)")
     return state
 
 
