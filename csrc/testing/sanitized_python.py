@@ -129,4 +129,5 @@ if __name__ == "__main__":
     elif sys.argv[1] == "--plant":
         plant()
     else:
-        main(sys.argv[1], Path(sys.argv[2] if len(sys.argv) > 2 else ROOT / "build" / f"sanitized-{sys.argv[1]}"))
+        folder = Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "build" / f"sanitized-{sys.argv[1]}"
+        main(sys.argv[1], folder.resolve())
