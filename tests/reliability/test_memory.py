@@ -124,4 +124,4 @@ def test_the_loops_report_keeps_nothing(tmp_path: Path) -> None:
 
         kib, objects = growth(update)
     assert kib <= KIB
-    assert objects <= OBJECTS
+    assert objects <= OBJECTS + 1000  # of the last points of the bar, from which rich tells its speed
