@@ -126,7 +126,7 @@ def compare(
     config: Annotated[
         Path | None, typer.Option(help="A YAML file of changed settings, or the name of one that the recipe brings.")
     ] = None,
-    sentences: Annotated[int, typer.Option(min=1, help="The most training examples that each version sees.")] = 12800,
+    sentences: Annotated[int, typer.Option(min=1, help="The most training examples that each version sees.")] = 9600,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them here (PNG or SVG).")] = None,
 ) -> None:

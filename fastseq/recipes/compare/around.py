@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,12 @@ if TYPE_CHECKING:
     from fastseq.recipes.compare.comparison import Comparison
 
 SAMPLE = 512
-"""Examples of dev that are evaluated for the time of it."""
+"""Examples of dev whose evaluation says how many can be afforded."""
+
+SECONDS = 2.5
+"""What an evaluation may take: of all of dev if it can be, since batches of a small part mix lengths, and pad more."""
+
+ROUNDS = 2
 
 WORKERS = 2
 """Loading processes, whose start is timed."""
@@ -39,13 +43,15 @@ def beside(
 
 def evaluation(run: Comparison, trained: Variant) -> list[dict[str, Any]]:
     """A larger validation batch, and half the evaluations."""
-    train, sample = run.config.train, run.dev(SAMPLE)
+    train, few = run.config.train, run.dev(SAMPLE)
     whole = len(evaluation_sample(run.task.dev, train, run.config.seed))
     sizes = train.eval_batch_size, 4 * train.eval_batch_size
+    first = seconds(partial(run.scores, trained, few, sizes[0]), run.device)
+    sample = run.dev(min(whole, max(SAMPLE, int(SAMPLE * SECONDS / first))))
     taken = {size: list[float]() for size in sizes}
-    for size in (*sizes, *sizes, *sizes, *sizes):
+    for size in sizes * ROUNDS:
         taken[size].append(seconds(partial(run.scores, trained, sample, size), run.device))
-    one, four = (statistics.median(taken[size][1:]) * whole / len(sample) for size in sizes)
+    one, four = (min(taken[size]) * whole / len(sample) for size in sizes)
     times = _updates(run, trained) / (train.eval_every or _updates(run, trained))
     epoch = _epoch(run, trained) + times * one
     larger = (f"{times:.3g} an epoch, batches of {sizes[0]}", times * one), (f"of {sizes[1]}", times * four)
