@@ -79,7 +79,7 @@ def _check_output(option: str, file: Path | None, suffixes: tuple[str, ...] = ()
     if suffixes and file.suffix not in suffixes:
         raise RecipeError(f"{option}: a name that ends in {' or '.join(suffixes)} is wanted, got {file.name!r}")
     if not file.absolute().parent.is_dir():
-        raise RecipeError(f"{option}: there is no folder {file.absolute().parent}")
+        raise RecipeError(f"{option}: a file in a folder that exists is wanted, got {str(file)!r}")
 
 
 def info() -> None:

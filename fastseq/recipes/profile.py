@@ -19,7 +19,6 @@ from fastseq.profiling import Profile
 from fastseq.recipes import Recipe
 from fastseq.recipes.compare.levers import PLAIN
 from fastseq.recipes.config import RecipeConfig
-from fastseq.recipes.errors import ConfigError
 from fastseq.recipes.loading import EpochBatches
 from fastseq.recipes.settings import make_accelerator, prepare
 from fastseq.recipes.train import Trainer
@@ -82,12 +81,7 @@ def profile(
         plain: take the model as it is usually written, with every lever of the loop off.
         steps: that are timed.
         trace: a file for the Chrome trace, or None.
-
-    Raises:
-        ConfigError: there is no folder for the trace.
     """
-    if trace is not None and not trace.absolute().parent.is_dir():
-        raise ConfigError(f"--trace: a file in a folder that exists is wanted, got {str(trace)!r}")
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     if plain:

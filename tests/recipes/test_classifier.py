@@ -105,7 +105,7 @@ def test_predict(trained: Path) -> None:
     for item in found:
         assert set(item["probabilities"]) == {"up", "down"}
         assert sum(item["probabilities"].values()) == pytest.approx(1)
-    assert "not a classifier" in call("predict", "classifier", str(trained / "last.pt"), wanted=1)
+    assert "best.pt of the recipe classifier" in call("predict", "classifier", str(trained / "last.pt"), wanted=1)
 
 
 def test_resumed_ends_with_the_same_weights(settings: list[str], tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_predict_json(trained: Path) -> None:
 
 def test_predict_refuses_what_is_not_a_tagger(trained: Path, tmp_path: Path) -> None:
     assert "no such checkpoint" in call("predict", "tagger", str(tmp_path), wanted=1)
-    assert "not the best.pt of the recipe tagger" in call("predict", "tagger", str(trained / "last.pt"), wanted=1)
+    assert "best.pt of the recipe tagger" in call("predict", "tagger", str(trained / "last.pt"), wanted=1)
 
 
 def test_a_line_from_a_pipe_is_not_kept_waiting() -> None:
@@ -130,7 +130,10 @@ def test_errors_are_one_line(tiny: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("option", "file", "message"),
-    [("--plot", "a.gif", ".png or .svg is wanted, got 'a.gif'"), ("--json", "no/a.json", "there is no folder")],
+    [
+        ("--plot", "a.gif", ".png or .svg is wanted, got 'a.gif'"),
+        ("--json", "no/a.json", "a folder that exists is wanted"),
+    ],
 )
 def test_a_result_that_cannot_be_written_is_said_before_the_work(
     tiny: list[str], tmp_path: Path, option: str, file: str, message: str

@@ -105,7 +105,7 @@ def test_predict(trained: Path, pictures: Path, tmp_path: Path) -> None:
     assert "none.png: not an image that can be read" in call(
         "predict", "image", str(trained), text="none.png", wanted=1
     )
-    assert "not a image" in call("predict", "image", str(trained / "last.pt"), wanted=1)
+    assert "best.pt of the recipe image" in call("predict", "image", str(trained / "last.pt"), wanted=1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -242,7 +242,7 @@ def test_compare(settings: list[str], tmp_path: Path) -> None:
     output = call("compare", "image", *settings, "--sentences", "32", "--json", str(tmp_path / "c.json"))
     figures = json.loads((tmp_path / "c.json").read_text())
     names = [lever["name"] for lever in figures["levers"]]
-    assert names[2:4] == ["+ decoded once, augmented by the batch", "+ channels-last"]
+    assert names[2:4] == ["+ batched augmentation", "+ channels-last"]
     assert names[4:] == ["+ fused optimizer", "+ freed memory kept"]
     assert all(lever["examples_per_s"] > 0 and lever["peak_bytes"] > 0 for lever in figures["levers"])
     assert [row["name"] for row in figures["quality"]] == ["plain", "fastseq"]

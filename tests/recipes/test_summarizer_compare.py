@@ -188,4 +188,4 @@ def test_predict(tiny: list[str], tmp_path: Path) -> None:
     best = torch.load(Path(folder) / "best.pt", weights_only=True)["model"]
     assert all(torch.equal(value, best[name]) for name, value in variant.model.state_dict().items())
     save(tmp_path / "best.pt", {"recipe": "tagger"})
-    assert "not a summarizer" in call("predict", "summarizer", str(tmp_path), wanted=1)
+    assert "best.pt of the recipe summarizer" in call("predict", "summarizer", str(tmp_path), wanted=1)

@@ -43,7 +43,7 @@ def compare(config: Config, examples: int) -> dict[str, Any]:
         task, train, partial(plain, config, task), examples=usual, collate=default_collate, loading=True
     )
     decoded = Lever(
-        "decoded once, augmented by the batch",
+        "batched augmentation",
         lambda setup: replace(setup, model=partial(copy.deepcopy, ours), examples=task.train, collate=task.collate),
         base=True,
     )
