@@ -63,7 +63,7 @@ def _waterfall(axes: Any, figures: dict[str, Any], rows: list[dict[str, Any]]) -
         color = PLAIN if y == 0 else KEPT if kept else DROPPED
         axes.barh(y, before, color="#eef1f5", height=0.62)
         axes.barh(y, rate - before, left=before, color=color, height=0.62, hatch=_hatch(row), edgecolor="white")
-        label = "" if y == 0 else f"{row['gain']:.2f}x" + ("" if kept else "  left out below")
+        label = "" if y == 0 else f"{row['gain']:.2f}x" + ("" if kept else " (out)")
         _label(axes, label, max(rate, before), y)
         _cells(axes, y, (speed(rate), f"{row['speedup']:.2f}x", *_loss_and_memory(row)))
         before = rate
