@@ -99,7 +99,7 @@ def profile(
     found = fastseq.profile(Step(Trainer(task, config, accelerator), steps), model=task.model, steps=steps, trace=trace)
     title = f"fastseq profile {name}{' --plain' if plain else ''}"
     show(title, found, console)
-    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    machine = {"cpu": host.cpu_features()["model"] or platform.machine(), "torch": torch.__version__}
     return {"title": title, **found.as_dict(), "machine": machine, "config": config.model_dump(mode="json")}
 
 

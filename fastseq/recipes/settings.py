@@ -23,11 +23,7 @@ def prepare(model: nn.Module, config: TrainConfig) -> None:
     Raises:
         ConfigError: the model cannot recompute its layers.
     """
-    if config.tf32 is not None:  # else PyTorch's own setting stays
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
-        torch.backends.cudnn.allow_tf32 = config.tf32
-    if config.cudnn_benchmark is not None:
-        torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    set_products(config)
     if config.gradient_checkpointing:
         enable = getattr(model, "gradient_checkpointing_enable", None)
         if enable is None:
@@ -37,6 +33,15 @@ def prepare(model: nn.Module, config: TrainConfig) -> None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:
         model.compile()
+
+
+def set_products(config: TrainConfig) -> None:
+    """Sets what a configuration asks of the process's matrix products and convolutions."""
+    if config.tf32 is not None:  # else PyTorch's own setting stays
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.cudnn_benchmark is not None:
+        torch.backends.cudnn.benchmark = config.cudnn_benchmark
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from fastseq import host
 from fastseq.recipes.compare import around
 from fastseq.recipes.compare.around import beside
 from fastseq.recipes.compare.cost import cost
@@ -290,7 +291,7 @@ class Comparison:
             "not_tried": self.not_tried,
             "around": self.around,
             "seconds": time.perf_counter() - self.begun,
-            "machine": {"cpu": _processor(), "torch": torch.__version__},
+            "machine": {"cpu": host.cpu_features()["model"] or platform.machine(), "torch": torch.__version__},
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -302,14 +303,6 @@ def evaluating(variant: Variant) -> Iterator[None]:
     with torch.inference_mode(), torch.autocast(variant.device.type, torch.bfloat16, enabled=variant.bf16):
         yield
     variant.model.train()
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it, else the architecture's."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text("utf-8").splitlines() if about.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine()
 
 
 def _groups(levers: Sequence[Lever]) -> list[Sequence[Lever]]:

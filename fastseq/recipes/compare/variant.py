@@ -17,7 +17,7 @@ from fastseq import host
 from fastseq.recipes.compare.levers import Setup
 from fastseq.recipes.config import TrainConfig
 from fastseq.recipes.loading import EpochBatches, Piece, Share, Shares, training_loader
-from fastseq.recipes.settings import learning_rate, make_optimizer, prepare, wants_bf16
+from fastseq.recipes.settings import learning_rate, make_optimizer, prepare, set_products, wants_bf16
 from fastseq.recipes.task import Batch, Task
 
 STEPS_A_TURN = 3
@@ -180,10 +180,7 @@ def matrix_products(train: TrainConfig) -> Iterator[None]:
     """The process's settings of products and convolutions as a configuration wants them; afterwards as they were."""
     matmul, cudnn = cast(Any, torch.backends.cuda.matmul), cast(Any, torch.backends.cudnn)
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    if train.tf32 is not None:
-        matmul.allow_tf32 = cudnn.allow_tf32 = train.tf32
-    if train.cudnn_benchmark is not None:
-        cudnn.benchmark = train.cudnn_benchmark
+    set_products(train)
     try:
         yield
     finally:
