@@ -1,7 +1,8 @@
 // bfloat16 and float16 in plain C++, and rows of a tensor of any float type read and written as doubles or
 // floats. Rounding is to nearest even, NaN stays NaN. About 10 integer operations an element and no branch,
 // so loops vectorise; a row reads its K elements once. Everything is `static`: each translation unit, hence
-// each instruction set, has its own.
+// each instruction set, has its own. What moves rows is inlined always: its wide instructions then stand in
+// functions whose names tell the instruction set.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -56,9 +57,9 @@ namespace crf {
 
 // out[k] = x[b, t, k], k < K, for R float or double.
 template <class R>
-static inline void load_row(const Emissions& x, int64_t b, int64_t t, R* out) {
+__attribute__((always_inline)) static inline void load_row(const Emissions& x, int64_t b, int64_t t, R* out) {
   const int64_t at = b * x.stride_b + t * x.stride_t;
-  const auto read = [&](const auto* row, auto convert) {
+  const auto read = [&](const auto* row, auto convert) __attribute__((always_inline)) {
     for (int64_t k = 0; k < x.K; ++k) out[k] = static_cast<R>(convert(row[at + k]));
   };
   switch (x.type) {
@@ -75,8 +76,9 @@ static inline void load_row(const Emissions& x, int64_t b, int64_t t, R* out) {
 
 // Element at+k of `data`, k < K, becomes from[k], in the type that `data` has.
 template <class R>
-static inline void store_row(Type type, void* data, int64_t at, int64_t K, const R* from) {
-  const auto write = [&](auto* row, auto convert) {
+__attribute__((always_inline)) static inline void store_row(Type type, void* data, int64_t at, int64_t K,
+                                                            const R* from) {
+  const auto write = [&](auto* row, auto convert) __attribute__((always_inline)) {
     for (int64_t k = 0; k < K; ++k) row[at + k] = convert(from[k]);
   };
   switch (type) {
