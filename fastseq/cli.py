@@ -8,10 +8,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
     import typer
+
+    from fastseq.recipes import Recipe
 else:
     try:
         import typer
@@ -66,6 +68,15 @@ def _clear_errors() -> Iterator[None]:
         sys.exit(f"fastseq: {error}: {INSTALL}")
 
 
+def _configured(recipe: str, config: Path | None, overrides: list[str] | None) -> tuple[Recipe, Any]:
+    """A recipe, and its settings: its own, changed by the file, changed by the overrides."""
+    from fastseq import recipes
+    from fastseq.recipes.config import load
+
+    chosen = recipes.get(recipe)
+    return chosen, load(chosen.Config, recipes.RECIPES[recipe], config, overrides or [])
+
+
 def _check_output(option: str, file: Path | None, suffixes: tuple[str, ...] = ()) -> None:
     """Says before minutes of work, and not after them, that its result cannot be written.
 
@@ -107,12 +118,9 @@ def train(
 ) -> None:
     """Train, or go on with a run that was stopped: the same command again."""
     with _clear_errors():
-        from fastseq import recipes
-        from fastseq.recipes.config import load
         from fastseq.recipes.train import run
 
-        chosen = recipes.get(recipe)
-        settings = load(chosen.Config, recipes.RECIPES[recipe], config, overrides or [])
+        chosen, settings = _configured(recipe, config, overrides)
         metrics = run(settings, chosen.build)
         if os.environ.get("RANK", "0") != "0":  # torchrun's other processes
             return
@@ -132,12 +140,9 @@ def compare(
 ) -> None:
     """The same training, plain against fastseq, side by side: what each lever gives."""
     with _clear_errors():
-        from fastseq import recipes
         from fastseq.recipes.checkpoint import save_json
-        from fastseq.recipes.config import load
 
-        chosen = recipes.get(recipe)
-        settings = load(chosen.Config, recipes.RECIPES[recipe], config, overrides or [])
+        chosen, settings = _configured(recipe, config, overrides)
         _check_output("--json", json)
         _check_output("--plot", plot, (".png", ".svg"))
         figures = chosen.compare(settings, sentences)
@@ -162,13 +167,10 @@ def profile(
 ) -> None:
     """Where a training step's time goes, phase by phase, and what could be faster."""
     with _clear_errors():
-        from fastseq import recipes
         from fastseq.recipes.checkpoint import save_json
-        from fastseq.recipes.config import load
         from fastseq.recipes.profile import profile as run
 
-        chosen = recipes.get(recipe)
-        settings = load(chosen.Config, recipes.RECIPES[recipe], config, overrides or [])
+        chosen, settings = _configured(recipe, config, overrides)
         _check_output("--trace", trace)
         _check_output("--json", json)
         figures = run(recipe, chosen, settings, plain=plain, steps=steps, trace=trace)

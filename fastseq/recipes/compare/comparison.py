@@ -30,6 +30,12 @@ from fastseq.recipes.task import Task
 PLAIN_SECONDS = 12.0
 """What each of the two plain runs may train in the waterfall; the variants with levers take less."""
 
+LEAST_STEPS = 8
+"""What they train where that takes longer: of fewer, noise cannot be told from gain."""
+
+LEAST_LOADED_STEPS = 24
+"""The same where a loader is tried, whose gains are small."""
+
 ALONE_SECONDS = 24.0
 """What all variants together may train where each other lever is tried alone."""
 
@@ -135,7 +141,7 @@ class Comparison:
         probe.warm_up(plan[:1])
         probe.timed(plan[1:])
         taken = probe.step_ms / 1e3 * setup.train.batch_size / self.size
-        return max(least, min(int(budget / taken), self.most))
+        return min(self.most, max(least, int(budget / taken)))
 
     def waterfall(self, plain: Setup, levers: Sequence[Lever]) -> Setup:
         """Switches one lever on after the other; the variants take turns, and the plain one runs twice.
@@ -145,7 +151,7 @@ class Comparison:
         """
         self.say("timing each lever, one on top of the other, in turns on the same examples ...")
         tried = self._tried(levers)
-        count = self.steps(plain, PLAIN_SECONDS) * self.size
+        count = self.steps(plain, PLAIN_SECONDS, LEAST_STEPS) * self.size
         variants = [self.variant(name, plain, count) for name in ("plain", "plain again (control)")]
         setup = plain
         for lever in tried:
@@ -177,7 +183,8 @@ class Comparison:
         runs = sum(len(group) + 2 for _, group in groups)
         rows = []
         for setup, group in groups:
-            count = self.steps(setup, ALONE_SECONDS / runs, least=8) * self.size
+            least = LEAST_LOADED_STEPS if setup.loading else LEAST_STEPS
+            count = self.steps(setup, ALONE_SECONDS / runs, least) * self.size
             rows += self._group(setup, group, count)
         self.figures["alone"] = rows
 
@@ -216,7 +223,7 @@ class Comparison:
     def _measured(self, variants: Sequence[Variant], count: int) -> list[dict[str, Any]]:
         """Trains all variants in turns on the same examples, and says what each came to."""
         order, warm = self.order(count + 2 * self.size), 2 * self.size
-        take_turns(variants, order, warm)
+        take_turns(variants, order, warm, self.console)
         return [
             {
                 "name": variant.name,
@@ -267,7 +274,7 @@ class Comparison:
         count = self.steps(plain, budget) * self.size
         self.say(f"training both versions on {count} {self.figures['unit']} ...")
         variants = [self.variant("plain", plain, count), self.variant("fastseq", kept, count)]
-        take_turns(variants, self.order(count), 0)
+        take_turns(variants, self.order(count), 0, self.console)
         rows = []
         for variant in variants:
             row: dict[str, Any] = {"name": variant.name, "examples": variant.examples}

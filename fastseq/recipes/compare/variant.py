@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,10 +23,11 @@ from fastseq.recipes.loading import EpochBatches, Piece, Share, Shares, training
 from fastseq.recipes.settings import learning_rate, make_optimizer, prepare, set_products, wants_bf16
 from fastseq.recipes.task import Batch, Task
 
-STEPS_A_TURN = 3
-"""Few enough that a disturbance hits every variant, and enough to pay for the caches that the one before left cold."""
+STEPS_A_TURN, TURNS = 3, 8
+"""The most steps, which pay for the caches that the variant before left cold, and the fewest turns, where there are as
+many steps: what disturbs a machine for seconds must not hit one variant alone."""
 
-LOADED_STEPS_A_TURN = 24
+LOADED_STEPS_A_TURN, LOADED_TURNS = 8, 4
 """Where a loader runs: a turn begins with an empty one, and ends with it idle."""
 
 
@@ -135,24 +139,28 @@ class Variant:
         return 1e3 * sum(self.seconds) / self.steps
 
 
-def take_turns(variants: Sequence[Variant], order: Sequence[int], warm: int) -> None:
+def take_turns(variants: Sequence[Variant], order: Sequence[int], warm: int, console: Console | None = None) -> None:
     """Trains every variant on the same examples, a few steps each in turn; the order is another every round.
 
     Args:
         variants: to be trained and timed.
         order: indices of the training examples; each variant batches them in its own way.
         warm: the first examples, which are trained on but not timed.
+        console: a terminal to show the progress on, if it is one.
     """
-    for variant in variants:
-        variant.warm_up(variant.plan(order[:warm], 0))
     plans = [variant.plan(order[warm:], 1) for variant in variants]
-    size = LOADED_STEPS_A_TURN if any(variant.setup.loading for variant in variants) else STEPS_A_TURN
-    turns = max(2, -(-len(plans[0]) // size))
+    loading = any(variant.setup.loading for variant in variants)
+    size, least = (LOADED_STEPS_A_TURN, LOADED_TURNS) if loading else (STEPS_A_TURN, TURNS)
+    turns = min(len(plans[0]), max(least, -(-len(plans[0]) // size)))
     generator = np.random.default_rng(0)
+    work = [partial(variant.warm_up, variant.plan(order[:warm], 0)) for variant in variants]
     for round_ in range(turns):
         for k in generator.permutation(len(variants)).tolist():
             first, last = (len(plans[k]) * turn // turns for turn in (round_, round_ + 1))
-            variants[k].timed(plans[k][first:last])
+            work.append(partial(variants[k].timed, plans[k][first:last]))
+    hidden = console is None or not console.is_terminal
+    for part in track(work, "", console=console, transient=True, refresh_per_second=2, disable=hidden):
+        part()
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
