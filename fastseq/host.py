@@ -1,15 +1,14 @@
 """What the host needs around training: batches of like length, words as ids, what this CPU and build are. No torch.
 
-The compiled module `fastseq._host` does the work where it was built; the twins in this file give the same
-results, bit for bit, where it was not.
+_host_compiled.py does the work where its module was built; its twin _host_python.py gives the same results, bit for
+bit, where it was not.
 """
 
 from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +17,9 @@ import numpy.typing as npt
 from fastseq import library
 
 try:
-    from fastseq import _host_functions as _host
+    from fastseq import _host_compiled as _implementation
 except ImportError:  # not built, and `fastseq info` says why
-    _host = None  # type: ignore[assignment]
+    from fastseq import _host_python as _implementation  # type: ignore[no-redef]
 
 __all__ = [
     "EncodedSources",
@@ -30,11 +29,11 @@ __all__ = [
     "build_record",
     "cpu_features",
     "keep_memory",
+    "multiplies_bf16",
     "padding_waste",
 ]
 
 Int64s = npt.NDArray[np.int64]
-UInt64s = npt.NDArray[np.uint64]
 
 
 def bucket_batches(
@@ -85,8 +84,9 @@ def bucket_batches(
     if max_tokens is not None and array.size and array.max() > max_tokens:
         raise ValueError(f"max_tokens: got {max_tokens}, wanted at least the longest sequence, {array.max()}")
     together = max(1, array.size) if window is None else window * (batch_size or 100)
-    plan = _bucket_plan if _host is None else _host.bucket_plan
-    order, offsets = plan(array, batch_size or 0, max_tokens or 0, seed, bool(drop_last), together)
+    order, offsets = _implementation.bucket_plan(
+        array, batch_size or 0, max_tokens or 0, seed, bool(drop_last), together
+    )
     return [order[i:j] for i, j in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
 
 
@@ -163,11 +163,11 @@ class ExtendedVocabulary:
         _check_integer("unk", unk, 0, max(0, len(words) - 1))
         _check_integer("padding", padding, -(2**63), 2**63 - 1)
         self.words, self.unk, self.padding = list(words), int(unk), int(padding)
-        self._ids: dict[str, int] = {}
+        seen: dict[str, int] = {}
         for i, word in enumerate(self.words):
-            if self._ids.setdefault(word, i) != i:
-                raise ValueError(f"words: {word!r} is there twice, at {self._ids[word]} and {i}")
-        self._compiled = None if _host is None else _host.ExtendedVocabulary(self.words, self.unk)
+            if seen.setdefault(word, i) != i:
+                raise ValueError(f"words: {word!r} is there twice, at {seen[word]} and {i}")
+        self._encoder = _implementation.ExtendedVocabulary(self.words, self.unk)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -182,8 +182,7 @@ class ExtendedVocabulary:
             TypeError: something is not a list of strings.
             ValueError: a token has a surrogate in it: half a character, which no text file can hold.
         """
-        encode = _encode_sources if self._compiled is None else type(self._compiled).encode_sources
-        return EncodedSources(*self._checked(encode, {"sources": sources}, -1))
+        return EncodedSources(*self._checked(self._encoder.encode_sources, {"sources": sources}, -1))
 
     def encode_targets(self, targets: Sequence[Sequence[str]], oov: Sequence[Sequence[str]]) -> EncodedTargets:
         """Encodes a batch of lists of tokens against the `oov` of `encode_sources`.
@@ -199,13 +198,12 @@ class ExtendedVocabulary:
                 _check_rows(name, rows)
         if len(targets) != len(oov):
             raise ValueError(f"oov: got {len(oov)} lists, wanted one for each of the {len(targets)} targets")
-        encode = _encode_targets if self._compiled is None else type(self._compiled).encode_targets
-        return EncodedTargets(*self._checked(encode, {"targets": targets, "oov": oov}, -100))
+        return EncodedTargets(*self._checked(self._encoder.encode_targets, {"targets": targets, "oov": oov}, -100))
 
-    def _checked(self, encode: Any, batches: dict[str, Any], absent: int) -> Any:
+    def _checked(self, encode: Callable[..., Any], batches: dict[str, Any], absent: int) -> Any:
         """Calls an encoder; looks for what is wrong, which takes a while, only where it fails."""
         try:
-            return encode(self if self._compiled is None else self._compiled, *batches.values(), self.padding, absent)
+            return encode(*batches.values(), self.padding, absent)
         except (TypeError, ValueError):
             for name, rows in batches.items():
                 _check_rows(name, rows)
@@ -218,8 +216,7 @@ def _unpickled_vocabulary(words: list[str], unk: int, padding: int) -> ExtendedV
 
 def cpu_features() -> dict[str, Any]:
     """This CPU: architecture, model, those of its features that matter here, and the best variant for it."""
-    found = _cpu_features() if _host is None else _host.cpu_features()
-    return {"architecture": platform.machine(), **found}
+    return {"architecture": platform.machine(), **_implementation.cpu_features()}
 
 
 def multiplies_bf16(device: str) -> bool:
@@ -285,143 +282,6 @@ def _check_rows(name: str, rows: Any) -> None:
                 raise TypeError(f"{name}[{i}][{j}]: got {type(token).__name__}, wanted str")
             if any("\ud800" <= character <= "\udfff" for character in token):
                 raise ValueError(f"{name}[{i}][{j}]: got {token!r}, wanted no surrogate in it (half a character)")
-
-
-# ---- the twins of csrc/host/extended_vocabulary.cpp ---------------------------------------------------------
-
-
-def _padded(rows: list[list[int]], padding: int) -> Int64s:
-    out = np.full((len(rows), max(map(len, rows), default=0)), padding, dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
-
-
-def _raise_unless_utf8(row: Any) -> None:
-    if not isinstance(row, list | tuple):
-        raise TypeError
-    "".join(row).encode("utf-8")
-
-
-def _encode_sources(vocabulary: ExtendedVocabulary, sources: Any, padding: int, absent: int) -> tuple[Any, ...]:
-    known, size, unk = vocabulary._ids, len(vocabulary), vocabulary.unk
-    ids, extended, oov = [], [], []
-    for row in sources:
-        _raise_unless_utf8(row)
-        own: dict[str, int] = {}
-        extended.append(
-            [i if (i := known.get(word)) is not None else own.setdefault(word, size + len(own)) for word in row]
-        )
-        ids.append([i if i < size else unk for i in extended[-1]])
-        oov.append(list(own))
-    return _padded(ids, padding), _padded(extended, absent), np.array([*map(len, ids)], dtype=np.int64), oov
-
-
-def _encode_targets(
-    vocabulary: ExtendedVocabulary, targets: Any, oov: Any, padding: int, absent: int
-) -> tuple[Any, ...]:
-    known, size, unk = vocabulary._ids, len(vocabulary), vocabulary.unk
-    ids, extended = [], []
-    for row, words in zip(targets, oov, strict=True):
-        _raise_unless_utf8(row)
-        _raise_unless_utf8(words)
-        own: dict[str, int] = {}
-        for j, word in enumerate(words):
-            own.setdefault(word, size + j)  # of equal words, the first is found
-        ids.append([known.get(word, unk) for word in row])
-        extended.append([i if (i := known.get(word)) is not None else own.get(word, unk) for word in row])
-    return _padded(ids, padding), _padded(extended, absent), np.array([*map(len, ids)], dtype=np.int64)
-
-
-# ---- the twins of csrc/host/buckets.cpp, which has the same steps in the same order ------------------------
-
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(z: UInt64s) -> UInt64s:
-    """splitmix64's output function, on arrays (whose arithmetic wraps around without a warning)."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    result: UInt64s = z ^ (z >> np.uint64(31))
-    return result
-
-
-def _shuffled(n: int, seed: int, stream: int) -> Int64s:
-    start = _mix(np.array([seed], np.uint64) + np.array([stream + 1], np.uint64) * _GAMMA)
-    keys = _mix(start + np.arange(1, n + 1, dtype=np.uint64) * _GAMMA)
-    return np.argsort(keys, kind="stable")
-
-
-def _place_of_remainder(ascending: Int64s, batch_size: int) -> int:
-    """Where the one batch that is not full goes: the place, in full batches before it, that pads least."""
-    full, rest = divmod(len(ascending), batch_size)
-    begin = np.arange(full) * batch_size
-    # Moving it one place up turns [rest][batch] into [batch][rest]: only these two batches' longest change.
-    end = ascending[begin + batch_size + rest - 1]
-    first, last = ascending[begin + rest - 1], ascending[begin + batch_size - 1]
-    cost = np.concatenate([[0], np.cumsum(batch_size * (last - end) + rest * (end - first))])
-    return int(np.argmin(cost))
-
-
-def _cut_by_count(ascending: Int64s, batch_size: int) -> list[int]:
-    full, rest = divmod(len(ascending), batch_size)
-    sizes = [batch_size] * full
-    if rest:
-        sizes.insert(_place_of_remainder(ascending, batch_size), rest)
-    return sizes
-
-
-def _cut_by_tokens(ascending: Int64s, batch_size: int, max_tokens: int) -> list[int]:
-    sizes, size = [], 0
-    for length in ascending.tolist():
-        if size and (size == batch_size or (size + 1) * length > max_tokens):
-            sizes.append(size)
-            size = 0
-        size += 1
-    return [*sizes, size] if size else sizes
-
-
-def _bucket_plan(
-    lengths: Int64s, batch_size: int, max_tokens: int, seed: int, drop_last: bool, window: int
-) -> tuple[Int64s, Int64s]:
-    order = _shuffled(len(lengths), seed, 0)
-    if drop_last:
-        order = order[: len(order) - len(order) % batch_size]
-    sizes: list[int] = []
-    for begin in range(0, len(order), window):
-        part = order[begin : begin + window]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        order[begin : begin + window] = part
-        if max_tokens:
-            sizes += _cut_by_tokens(lengths[part], batch_size, max_tokens)
-        else:
-            sizes += _cut_by_count(lengths[part], batch_size)
-    batches = np.split(order, np.cumsum(sizes)[:-1]) if sizes else []
-    chosen = [batches[j] for j in _shuffled(len(sizes), seed, 1).tolist()]
-    offsets = np.cumsum([0, *map(len, chosen)], dtype=np.int64)
-    return np.concatenate([order[:0], *chosen]), offsets
-
-
-_LINUX_FEATURES = {
-    "sse4.2": "sse4_2", "avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "avx512f": "avx512f",
-    "avx512bw": "avx512bw", "avx512vl": "avx512vl", "avx512dq": "avx512dq", "avx512cd": "avx512cd",
-    "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16",
-}  # fmt: skip
-_AVX2 = {"avx2", "fma", "f16c"}
-_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
-
-
-def _cpu_features() -> dict[str, Any]:
-    """The twin of csrc/common/cpu_features.cpp, from Linux's /proc/cpuinfo; elsewhere nothing is known."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
-    except OSError:
-        lines = []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = set(fields.get("flags", "").split())
-    found = [ours for ours, linux in _LINUX_FEATURES.items() if linux in flags]
-    isa = "avx512" if set(found) >= _AVX512 else "avx2" if set(found) >= _AVX2 else "baseline"
-    return {"model": fields.get("model name", ""), "features": found, "isa": isa}
 
 
 def keep_memory(on: bool = True) -> bool:

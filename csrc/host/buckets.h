@@ -1,4 +1,5 @@
-// Batches of sequences of like length, for loaders. The Python twin, and the description, is fastseq/host.py.
+// Batches of sequences of like length, for loaders. The description is in fastseq/host.py, the Python twin in
+// fastseq/_host_python.py.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -1,5 +1,5 @@
 // Words to ids, where words outside the vocabulary get ids of their own in each sequence: what a model that
-// copies reads. The Python twin, and the description, is fastseq/host.py.
+// copies reads. The description is in fastseq/host.py, the Python twin in fastseq/_host_python.py.
 #pragma once
 #include <cstdint>
 #include <string>

@@ -1,5 +1,5 @@
 // fastseq._host: lists of strings and bytes in, bytearrays of 64-bit integers out. It keeps to Python's
-// stable ABI, so that one build serves every CPython from 3.10 on. fastseq/_host_functions.py makes arrays of
+// stable ABI, so that one build serves every CPython from 3.10 on. fastseq/_host_compiled.py makes arrays of
 // the bytes; the public functions, which check their arguments, are in fastseq/host.py.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030a0000

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastseq import host
+from fastseq import _host_python, host
 
-needs_module = pytest.mark.skipif(host._host is None, reason="the compiled module is not built")
+needs_module = pytest.mark.skipif(host._implementation is _host_python, reason="the compiled module is not built")
 # Few characters, so that tokens meet: the empty token, a zero byte, one, two, three and four bytes of UTF-8, and
 # words of which one begins another, on both sides of 8 bytes.
 TOKENS = st.one_of(
@@ -29,7 +29,7 @@ WORDS = st.lists(TOKENS, min_size=1, max_size=12, unique=True)
 def python(vocabulary: host.ExtendedVocabulary) -> host.ExtendedVocabulary:
     """The same without the compiled module."""
     twin = copy.copy(vocabulary)
-    twin._compiled = None
+    twin._encoder = _host_python.ExtendedVocabulary(twin.words, twin.unk)
     return twin
 
 
@@ -71,7 +71,7 @@ def test_ids_stand_for_their_tokens(words: list[str], rows: list[list[str]]) -> 
 
 @pytest.fixture(params=["compiled", "python"])
 def vocabulary(request: pytest.FixtureRequest) -> host.ExtendedVocabulary:
-    if request.param == "compiled" and host._host is None:
+    if request.param == "compiled" and host._implementation is _host_python:
         pytest.skip("the compiled module is not built")
     found = host.ExtendedVocabulary(["<pad>", "<unk>", "the", "cat"])
     return found if request.param == "compiled" else python(found)

@@ -10,12 +10,12 @@ from unittest import mock
 import numpy as np
 from harness import Call, Draw, draws
 
-from fastseq import host
+from fastseq import _host_python, host
 
 
 @contextlib.contextmanager
 def twins() -> Iterator[None]:
-    with mock.patch.object(host, "_host", None):
+    with mock.patch.object(host, "_implementation", _host_python):
         yield
 
 
