@@ -138,11 +138,11 @@ def _section(path: Path) -> Iterator[str]:
 def _levers(data: dict[str, Any]) -> Iterator[str]:
     """What `fastseq compare` wrote."""
     yield f"`{data['title'].partition(':')[0]}`:{data['title'].partition(':')[2]}; {data['seconds']:.0f} s in all.\n"
-    yield "| one lever at a time | a second | in all | ops a step | peak memory |\n|---|---|---|---|---|"
+    yield "| a lever more each time | a second | in all | ops a step | peak MB |\n|---|---|---|---|---|"
     for lever in data["levers"]:
-        peak = f"{lever['peak_bytes'] / 2**20:.0f} MiB" if lever.get("peak_bytes") else ""
-        figures = f"{lever['examples_per_s']:,.0f} | {lever['speedup']:.2f}x | {lever.get('ops') or '':,}"
-        yield f"| {lever['name']} | {figures} | {peak} |"
+        ops = "" if lever["ops"] is None else f"{lever['ops']:,}"
+        figures = f"{lever['examples_per_s']:,.0f} | {lever['speedup']:.2f}x | {ops}"
+        yield f"| {lever['name']} | {figures} | {_megabytes(lever)} |"
 
 
 def _cases(data: dict[str, Any]) -> Iterator[str]:
@@ -194,10 +194,9 @@ def guide(recipe: str) -> str:
 
 
 def _compared(recipe: str) -> dict[str, Any]:
-    """The figures of a comparison; nothing where there are none, or those of an older version."""
+    """The figures of a comparison; nothing where there are none."""
     path = RESULTS / f"compare-{recipe}.json"
-    data: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return data if "alone" in data else {}
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def _guide(path: Path, data: dict[str, Any]) -> Iterator[str]:

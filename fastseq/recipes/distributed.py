@@ -7,7 +7,7 @@ The first process alone reads and writes the run directory, and sends the others
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -141,6 +141,26 @@ def average(model: nn.Module) -> None:
     for work, gradient in zip(waiting, gradients, strict=True):
         work.wait()
         gradient.div_(torch.distributed.get_world_size())
+
+
+def share(accelerator: Accelerator, items: Sequence[T]) -> list[T]:
+    """What of `items` is for this process; they are dealt out in turns.
+
+    All processes get as many, since they have to take part in each batch of a sharded model: what is missing in the
+    last turn is the first item again.
+    """
+    processes: int = accelerator.num_processes
+    mine = list(items[accelerator.process_index :: processes])
+    return mine + list(items[:1]) * (-(-len(items) // processes) - len(mine))
+
+
+def collected(accelerator: Accelerator, mine: list[T], count: int) -> list[T]:
+    """What the processes have made of their shares, one value of each item, in the order of the `count` items."""
+    if accelerator.num_processes == 1:
+        return mine
+    shares: list[list[T]] = [[]] * accelerator.num_processes
+    torch.distributed.all_gather_object(shares, mine)
+    return [value for turn in zip(*shares, strict=True) for value in turn][:count]
 
 
 def largest_of_all(accelerator: Accelerator, number: int) -> int:

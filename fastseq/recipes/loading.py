@@ -178,9 +178,16 @@ def evaluation_sample(examples: Sequence[Any], config: TrainConfig, seed: int) -
     return [examples[i] for i in np.sort(np.random.default_rng(seed).permutation(len(examples))[:count])]
 
 
-def evaluation_batches(task: Task, examples: Any, device: torch.device, size: int = 128) -> Iterator[Batch]:
-    """Batches of like length over all the examples, on the device."""
-    order = sorted(range(len(examples)), key=lambda i: task.length(examples[i]))
+def by_length(task: Task, examples: Sequence[Any]) -> list[int]:
+    """The indices of examples, from the shortest to the longest."""
+    return sorted(range(len(examples)), key=lambda i: task.length(examples[i]))
+
+
+def evaluation_batches(
+    task: Task, examples: Sequence[Any], device: torch.device, size: int = 128, order: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """Batches on the device, of the examples at the indices of `order`; without it, of all, `by_length`."""
+    order = by_length(task, examples) if order is None else order
     collate = task.collate_evaluation or task.collate
     for start in range(0, len(order), size):
         yield on_device(collate([examples[i] for i in order[start : start + size]]), device)

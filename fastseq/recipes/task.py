@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,21 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 """Tensors by the names of the model's forward arguments."""
 
-Evaluation = Callable[[nn.Module, Iterable[Batch]], dict[str, float]]
-"""Named metrics of a model on batches."""
+
+class Evaluation(ABC):
+    """How a model is judged: by what it answers to each example, which processes can share, and by all answers."""
+
+    @abstractmethod
+    def answers(self, model: nn.Module, batch: Batch) -> list[Any]:
+        """What a model in evaluation mode makes of a batch: for each example, in order, plain values."""
+
+    @abstractmethod
+    def metrics(self, answers: Sequence[Any]) -> dict[str, float]:
+        """Named metrics of the answers to all examples."""
+
+    def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """The metrics of a model on batches."""
+        return self.metrics([answer for batch in batches for answer in self.answers(model, batch)])
 
 
 @dataclass
@@ -27,7 +41,7 @@ class Task:
         test: examples that are read once, at the end.
         collate: makes a batch of a list of examples.
         length: the length of an example, which the length buckets sort by.
-        evaluate: named metrics of a model on batches; the model is in evaluation mode and under autocast.
+        evaluate: judges a model, which is in evaluation mode and under autocast.
         score: the metric of `evaluate` that chooses the best weights.
         weight: how much an example counts in the model's loss, which is a mean: its words, where that is a mean over
             words; None where each example counts the same. Processes and parts of a batch are averaged by it.

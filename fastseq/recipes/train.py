@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -34,6 +34,7 @@ from fastseq.recipes.errors import ConfigError
 from fastseq.recipes.loading import (
     Piece,
     Pieces,
+    by_length,
     evaluation_batches,
     evaluation_sample,
     on_device,
@@ -193,21 +194,24 @@ class Trainer:
         if evaluates or (save_every and step % save_every == 0):
             self._save_last()
 
-    def evaluate(self, examples: Any, metrics_of: Evaluation) -> dict[str, float]:
-        """The metrics of the present weights. Each process finds them, and the first one's count."""
+    def evaluate(self, examples: Sequence[Any], evaluation: Evaluation) -> dict[str, float]:
+        """The metrics of the present weights; each process answers its share of the examples."""
+        order = by_length(self.task, examples)
         model = self.task.model
         model.eval()
         # Sharded parameters are put together in evaluation too, and must not become inference tensors by it.
         with torch.no_grad() if self.config.train.fsdp else torch.inference_mode(), self.accelerator.autocast():
-            metrics = self._evaluated(examples, metrics_of)
+            mine = self._answers(examples, distributed.share(self.accelerator, order), evaluation)
         model.train()
-        return distributed.from_first(self.accelerator, lambda: metrics)
+        answers = distributed.collected(self.accelerator, mine, len(order))
+        return distributed.from_first(self.accelerator, lambda: evaluation.metrics(answers))
 
-    def _evaluated(self, examples: Any, metrics_of: Evaluation) -> dict[str, float]:
+    def _answers(self, examples: Sequence[Any], order: Sequence[int], evaluation: Evaluation) -> list[Any]:
+        """The answers to the examples at these indices, in batches that fit into memory."""
         while True:
-            batches = evaluation_batches(self.task, examples, self.accelerator.device, self.eval_batch_size)
+            batches = evaluation_batches(self.task, examples, self.accelerator.device, self.eval_batch_size, order)
             try:
-                return metrics_of(self.task.model, batches)
+                return [answer for batch in batches for answer in evaluation.answers(self.task.model, batch)]
             except (RuntimeError, MemoryError) as error:
                 finds = self.config.train.find_batch_size and self.eval_batch_size > 1
                 if not finds or not out_of_memory(error):

@@ -47,6 +47,26 @@ def gradients(recipe: str, overrides: list[str]) -> list[dict[str, np.ndarray]]:
     return found
 
 
+def evaluation(recipe: str, overrides: list[str]) -> tuple[dict[str, float], int]:
+    """The test metrics of the first weights, and how many answers this process gave to that end."""
+    config = settings(recipe, overrides)
+    torch.set_num_threads(1)
+    accelerator = make_accelerator(config.train)
+    torch.manual_seed(0)
+    trainer = Trainer(get(recipe).build(config), config, accelerator)
+    judge = trainer.task.evaluate_test or trainer.task.evaluate
+    answers, given = judge.answers, 0
+
+    def counted(model: nn.Module, batch: Any) -> list[Any]:
+        nonlocal given
+        found = answers(model, batch)
+        given += len(found)
+        return found
+
+    judge.answers = counted  # type: ignore[method-assign]
+    return trainer.evaluate(trainer.task.test, judge), given
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor, of which this process may have a shard."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]

@@ -26,7 +26,7 @@ from fastseq.recipes.compare.plot import draw
 from fastseq.recipes.compare.show import show
 from fastseq.recipes.compare.variant import Variant, matrix_products, take_turns
 from fastseq.recipes.config import RecipeConfig, Section, TrainConfig
-from fastseq.recipes.task import Batch, Task
+from fastseq.recipes.task import Batch, Evaluation, Task
 
 CPU = torch.device("cpu")
 WIDTH = 8
@@ -61,8 +61,12 @@ def collate(examples: list[tuple[int, ...]]) -> Batch:
     return {"ids": ids, "targets": torch.tensor([float(sum(example)) / 50 for example in examples])}
 
 
-def evaluate(model: nn.Module, batches: Any) -> dict[str, float]:
-    return {"error": float(np.mean([model(**batch).item() for batch in batches]))}
+class Error(Evaluation):
+    def answers(self, model: nn.Module, batch: Batch) -> list[Any]:
+        return [model(**batch).item()] * len(batch["targets"])
+
+    def metrics(self, answers: Any) -> dict[str, float]:
+        return {"error": float(np.mean(answers))}
 
 
 def make_task() -> Task:
@@ -71,7 +75,7 @@ def make_task() -> Task:
     torch.manual_seed(0)
     names = {"train": examples, "dev": examples[:8], "test": examples[:4]}
     return Task(
-        "mean", Mean(), **names, collate=collate, length=len, evaluate=evaluate, score="error", lower_is_better=True
+        "mean", Mean(), **names, collate=collate, length=len, evaluate=Error(), score="error", lower_is_better=True
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import torch
 
 from fastseq.recipes import checkpoint
 from fastseq.recipes.config import ConfigError, TrainConfig
-from fastseq.recipes.distributed import check
+from fastseq.recipes.distributed import check, collected, share
 from fastseq.recipes.loading import EpochBatches, Shares
 
 JOBS = Path(__file__).with_name("jobs.py")
@@ -101,6 +102,30 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(recipes: dict[
     large = HERE.gradients("summarizer", [*config, "train.batch_size=8", "train.accumulate=1"])
     for one, other in zip(small, large, strict=True):
         assert_close(one, other, 1e-6)
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_two_processes_share_an_evaluation(pair: Job, recipes: dict[str, list[str]], recipe: str) -> None:
+    config = [*recipes[recipe], "run_dir=unused", "train.eval_batch_size=2"]
+    alone, every = HERE.evaluation(recipe, config)
+    kinds = [[], ["train.fsdp=true"]] if recipe in ("classifier", "regressor") else [[]]
+    for kind in kinds:
+        for metrics, given in results(pair("evaluation", recipe, [*config, *kind])):
+            assert metrics == pytest.approx(alone, rel=1e-6)
+            assert given == -(-every // 2) < every
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 6, 7, 8])
+def test_what_is_dealt_out_comes_back_in_order(count: int) -> None:
+    places = [SimpleNamespace(process_index=rank, num_processes=3) for rank in range(3)]
+    shares = [share(place, range(count)) for place in places]
+    assert {len(mine) for mine in shares} == {-(-count // 3)}
+
+    def gather(into: list[Any], _: Any) -> None:
+        into[:] = [[10 * item for item in mine] for mine in shares]
+
+    with mock.patch("torch.distributed.all_gather_object", gather):
+        assert [collected(place, [], count) for place in places] == [[10 * i for i in range(count)]] * 3
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import nn
 
 from fastseq.models.text_classifier import TextClassifier
-from fastseq.recipes import metrics
 from fastseq.recipes.classifier import data
 from fastseq.recipes.config import Probability, RecipeConfig, Section
 from fastseq.recipes.encoders import EncoderConfig, TextEncoder, load_encoder, load_tokenizer, shape_of
 from fastseq.recipes.feature_cache import file_hash
 from fastseq.recipes.fetch import fetch
-from fastseq.recipes.task import Batch, Task
+from fastseq.recipes.labels import LabelEvaluation
+from fastseq.recipes.task import Task
 
 Column = Annotated[str, Field(min_length=1)]
 
@@ -74,7 +73,7 @@ def build(config: Config) -> Task:
         test=parts[2],
         collate=data.collate,
         length=lambda example: len(example.ids),
-        evaluate=evaluate,
+        evaluate=LabelEvaluation(),
         score="accuracy",
         artefacts={"labels": labels, "tokenizer": tokenizer, "encoder": shape},
     )
@@ -96,12 +95,3 @@ def make_model(config: ModelConfig, num_classes: int, encoder: nn.Module) -> Tex
         label_smoothing=config.label_smoothing,
         packed=config.encoder.packed,
     )
-
-
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-    """Accuracy and macro F1 on batches, of a model with the `predict` of a `TextClassifier`."""
-    gold, predicted = list[int](), list[int]()
-    for batch in batches:
-        predicted += cast(TextClassifier, model).predict(batch["input_ids"], batch["attention_mask"]).tolist()
-        gold += batch["labels"].tolist()
-    return metrics.label_scores(gold, predicted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,7 +11,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import nn
 
 from fastseq.models.image_classifier import ImageClassifier, small_stem
-from fastseq.recipes import metrics
 from fastseq.recipes.config import Probability, RecipeConfig, Section
 from fastseq.recipes.encoders import from_checkpoint, make_encoder, place, shape_of
 from fastseq.recipes.errors import ConfigError
@@ -19,7 +18,8 @@ from fastseq.recipes.fetch import fetch
 from fastseq.recipes.image import data
 from fastseq.recipes.image.folder import Mode, read_folder
 from fastseq.recipes.image.idx import FASHION, read_idx
-from fastseq.recipes.task import Batch, Task
+from fastseq.recipes.labels import LabelEvaluation
+from fastseq.recipes.task import Task
 
 SMALL = 64
 """Pixels each way up to which an encoder with fresh weights has the first layer for small images."""
@@ -107,7 +107,7 @@ def build(config: Config) -> Task:
         test=cast(Sequence[Any], splits.test),
         collate=data.collate,
         length=lambda _: 1,
-        evaluate=evaluate,
+        evaluate=LabelEvaluation(),
         score="accuracy",
         artefacts=artefacts,
     )
@@ -175,12 +175,3 @@ def trained_with(checkpoint: str) -> tuple[list[float], list[float]] | None:
     if values.get("image_mean") is None or values.get("image_std") is None:
         return None
     return [255 * value for value in values["image_mean"]], [255 * value for value in values["image_std"]]
-
-
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-    """Accuracy and macro F1 on batches, of a model with the `predict` of an `ImageClassifier`."""
-    gold, predicted = list[int](), list[int]()
-    for batch in batches:
-        predicted += cast(ImageClassifier, model).predict(batch["pixels"]).tolist()
-        gold += batch["labels"].tolist()
-    return metrics.label_scores(gold, predicted)

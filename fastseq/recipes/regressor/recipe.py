@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -18,7 +18,7 @@ from fastseq.recipes.feature_cache import cached, file_hash
 from fastseq.recipes.fetch import fetch
 from fastseq.recipes.regressor import data
 from fastseq.recipes.regressor.features import FORMAT, Features
-from fastseq.recipes.task import Batch, Task
+from fastseq.recipes.task import Batch, Evaluation, Task
 
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
 
@@ -89,7 +89,7 @@ def build(config: Config) -> Task:
         test=cast(Sequence[Any], parts[2]),
         collate=data.collate,
         length=lambda example: len(example.ids),
-        evaluate=evaluate,
+        evaluate=Evaluate(),
         score="smape",
         lower_is_better=True,
         artefacts={"features": features.to_plain(), "tokenizer": tokenizer, "encoder": shape},
@@ -137,13 +137,16 @@ def make_model(config: ModelConfig, features: Features, encoder: nn.Module | Non
     )
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+class Evaluate(Evaluation):
     """SMAPE on the scale of the target, and the mean error of the logarithms, of a `TextRegressor`."""
-    actual, predicted = list[float](), list[float]()
-    for batch in batches:
-        actual += batch["targets"].tolist()
-        predicted += cast(TextRegressor, model)(**{**batch, "targets": None}).tolist()
-    logarithms = np.array(actual), np.array(predicted)
-    scores = metrics.smape(*(np.exp(values).tolist() for values in logarithms))
-    error = float(np.abs(logarithms[0] - logarithms[1]).mean())
-    return {**scores, "log_error": error}
+
+    def answers(self, model: nn.Module, batch: Batch) -> list[tuple[float, float]]:
+        """Of each example, the logarithm of its target and what was predicted."""
+        predicted = model(**{**batch, "targets": None})
+        return list(zip(batch["targets"].tolist(), predicted.tolist(), strict=True))
+
+    def metrics(self, answers: Sequence[tuple[float, float]]) -> dict[str, float]:
+        """Of all examples."""
+        actual, predicted = (np.array([answer[i] for answer in answers]) for i in (0, 1))
+        scores = metrics.smape(np.exp(actual).tolist(), np.exp(predicted).tolist())
+        return {**scores, "log_error": float(np.abs(actual - predicted).mean())}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -13,7 +13,7 @@ from fastseq.models.summarizer import PointerGeneratorSummarizer
 from fastseq.recipes import metrics
 from fastseq.recipes.config import Probability, RecipeConfig, Section
 from fastseq.recipes.summarizer import data
-from fastseq.recipes.task import Batch, Task
+from fastseq.recipes.task import Batch, Evaluation, Task
 
 
 class DataConfig(Section):
@@ -115,7 +115,7 @@ def search_settings(config: Config, beam_size: int) -> dict[str, float]:
     }
 
 
-class Evaluate:
+class Evaluate(Evaluation):
     """Writes summaries and scores them: ROUGE, and how well words that the vocabulary lacks are copied.
 
     Args:
@@ -129,19 +129,24 @@ class Evaluate:
         self.encoder, self.examples = encoder, examples
         self.settings = search_settings(config, beam_size)
 
-    def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-        """The metrics on batches of `collate_indexed`, of a model with the `summarize` of the summarizer."""
-        examples, summaries = [], []
-        for batch in batches:
-            found = cast(PointerGeneratorSummarizer, model).summarize(
-                batch["source_ids"],
-                batch["source_extended"],
-                batch["source_lengths"],
-                **self.settings,  # type: ignore[arg-type]
-            )
-            examples += [self.examples[i] for i in batch["index"].tolist()]
-            summaries += found.ids
-        return self.scores(examples, summaries)
+    def answers(self, model: nn.Module, batch: Batch) -> list[tuple[int, list[int]]]:
+        """The index of each example, and the ids of its summary.
+
+        Args:
+            model: has the `summarize` of the summarizer.
+            batch: of `collate_indexed`.
+        """
+        found = cast(PointerGeneratorSummarizer, model).summarize(
+            batch["source_ids"],
+            batch["source_extended"],
+            batch["source_lengths"],
+            **self.settings,  # type: ignore[arg-type]
+        )
+        return list(zip(batch["index"].tolist(), found.ids, strict=True))
+
+    def metrics(self, answers: Sequence[tuple[int, list[int]]]) -> dict[str, float]:
+        """See `scores`."""
+        return self.scores([self.examples[i] for i, _ in answers], [ids for _, ids in answers])
 
     def scores(self, examples: Sequence[data.Example], summaries: Sequence[Sequence[int]]) -> dict[str, float]:
         """ROUGE of the ids that were written for examples, and `copying`."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
@@ -14,7 +13,7 @@ from fastseq.models.tagger import SoftmaxDecoder, Tagger
 from fastseq.recipes import metrics
 from fastseq.recipes.config import Probability, RecipeConfig, Section
 from fastseq.recipes.tagger import data
-from fastseq.recipes.task import Batch, Task
+from fastseq.recipes.task import Batch, Evaluation, Task
 
 Scheme = Literal["BIO", "IOB1", "BIOES", "BILOU", "BMES"]
 Feature = Literal["token", "lower", "bigram", "first", "last", "prefix", "suffix"]
@@ -148,7 +147,7 @@ def make_decoder(kind: str, labels: Sequence[str], scheme: Scheme | None) -> nn.
     return CRF(len(labels), batch_first=True, **allowed)
 
 
-class Evaluate:
+class Evaluate(Evaluation):
     """Predicts and scores: entity F1 where the tags write spans, else token accuracy.
 
     Args:
@@ -160,17 +159,18 @@ class Evaluate:
         # One more, for a gold tag that training has not seen (-100): it is never predicted.
         self.labels, self.scheme = [*labels, "B-unseen"], scheme
 
-    def __call__(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-        """The metrics on batches of a model with the `predict` of a `Tagger`."""
-        gold, predicted = [], []
-        for batch in batches:
-            tags = cast(Tagger, model).predict(batch["tokens"], batch["lengths"])
-            gold += self._strings(batch["tags"], batch["lengths"])
-            predicted += self._strings(tags, batch["lengths"])
+    def answers(self, model: nn.Module, batch: Batch) -> list[tuple[list[int], list[int]]]:
+        """Of each text, its tags and what was predicted, by a model with the `predict` of a `Tagger`."""
+        predicted = cast(Tagger, model).predict(batch["tokens"], batch["lengths"])
+        rows = zip(batch["tags"].tolist(), predicted.tolist(), batch["lengths"].tolist(), strict=True)
+        return [(gold[:length], found[:length]) for gold, found, length in rows]
+
+    def metrics(self, answers: Sequence[tuple[list[int], list[int]]]) -> dict[str, float]:
+        """Of all texts."""
+        gold, predicted = ([self._strings(answer[i]) for answer in answers] for i in (0, 1))
         if self.scheme is None:
             return metrics.token_accuracy(gold, predicted)
         return metrics.entity_scores(metrics.to_bio(gold), metrics.to_bio(predicted))
 
-    def _strings(self, tags: torch.Tensor, lengths: torch.Tensor) -> list[list[str]]:
-        rows = zip(tags.tolist(), lengths.tolist(), strict=True)
-        return [[self.labels[max(tag, -1)] for tag in row[:length]] for row, length in rows]
+    def _strings(self, tags: Sequence[int]) -> list[str]:
+        return [self.labels[max(tag, -1)] for tag in tags]
