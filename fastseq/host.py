@@ -77,6 +77,7 @@ def bucket_batches(
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("window", window)):
         if value is not None:
             _check_integer(name, value, 1, 2**31 - 1)
+    drop_last = _flag("drop_last", drop_last)
     if batch_size is None and max_tokens is None:
         raise ValueError("batch_size: got None, wanted a number (or max_tokens)")
     if drop_last and (batch_size is None or max_tokens is not None):
@@ -84,9 +85,7 @@ def bucket_batches(
     if max_tokens is not None and array.size and array.max() > max_tokens:
         raise ValueError(f"max_tokens: got {max_tokens}, wanted at least the longest sequence, {array.max()}")
     together = max(1, array.size) if window is None else window * (batch_size or 100)
-    order, offsets = _implementation.bucket_plan(
-        array, batch_size or 0, max_tokens or 0, seed, bool(drop_last), together
-    )
+    order, offsets = _implementation.bucket_plan(array, batch_size or 0, max_tokens or 0, seed, drop_last, together)
     return [order[i:j] for i, j in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
 
 
@@ -223,12 +222,17 @@ def multiplies_bf16(device: str) -> bool:
     """Whether the hardware multiplies bfloat16.
 
     Args:
-        device: "cpu", or "cuda" for the current GPU.
+        device: "cpu", or "cuda" for the current GPU; without one, False.
+
+    Raises:
+        ValueError: Another device.
     """
     import torch
 
+    if not isinstance(device, str) or device not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {device!r}, wanted 'cpu' or 'cuda'")
     if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -268,6 +272,13 @@ def _check_integer(name: str, value: Any, low: int, high: int) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value}, wanted {low} to {high}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    try:
+        return bool(value)
+    except (RuntimeError, ValueError):  # a tensor or an array of several
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted True or False") from None
 
 
 def _check_rows(name: str, rows: Any) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseq.functional.attention_arguments import check_dropout, check_slopes, check_window, draw_seed
-from fastseq.functional.checks import INTEGERS, expect, number
+from fastseq.functional.checks import INTEGERS, expect, flag, number
 from fastseq.ops.attention import dot_product
 from fastseq.ops.attention.dropout import keep_mask
 
@@ -49,16 +49,18 @@ def attend(
     """
     dropout, (left, right) = check_dropout(settings.dropout_p), check_window(settings.window_size, any_negative=True)
     slopes = check_slopes(settings.alibi_slopes, q, len(q) if bounds is None else len(bounds[0]) - 1)
+    wants_probs = flag("return_attn_probs", settings.return_attn_probs)
     seed = draw_seed(dropout, q)
     scale = q.shape[-1] ** -0.5 if settings.softmax_scale is None else number("softmax_scale", settings.softmax_scale)
-    numbers = scale, bool(settings.causal), left, right, max(number("softcap", settings.softcap), 0.0), dropout
+    causal, softcap = flag("causal", settings.causal), max(number("softcap", settings.softcap), 0.0)
+    numbers = scale, causal, left, right, softcap, dropout
     packed = bounds is not None
     if packed:
         q, k, v = q[None], k[None], v[None]
     sizes = (q.shape[1], k.shape[1]) if longest is None else longest
     args = q, k, v, None, slopes, *(bounds or (None, None)), key_lengths, seed, *sizes, *numbers
     out, lse = dot_product.attention(*args)
-    if not settings.return_attn_probs:
+    if not wants_probs:
         return out[0] if packed else out
     lse = lse.masked_fill(lse == -INF, INF)  # flash_attn's sign for a query that sees no key
     dropped = q.new_empty(0) if seed is None else _signed_weights(args, seed, dropout)

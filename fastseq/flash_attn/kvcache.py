@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastseq.flash_attn.call import Settings, attend, check_kv, check_lengths, check_q
 from fastseq.flash_attn.rotary import rotate
-from fastseq.functional.checks import INTEGERS, expect
+from fastseq.functional.checks import INTEGERS, expect, flag
 
 __all__ = ["flash_attn_with_kvcache"]
 
@@ -73,6 +73,8 @@ def flash_attn_with_kvcache(
         TypeError: A type or dtype is not as above.
     """
     check_q(q, "(B, Sq, Hq, D)")
+    causal, return_softmax_lse = flag("causal", causal), flag("return_softmax_lse", return_softmax_lse)
+    rotary_interleaved = flag("rotary_interleaved", rotary_interleaved)
     cache = _Cache(q, k_cache, v_cache, cache_batch_idx, block_table)
     start = _start(q, cache, cache_seqlens)
     new = _check_new(q, k, v, cache, cache_seqlens)

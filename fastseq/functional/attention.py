@@ -26,6 +26,7 @@ from fastseq.functional.checks import (
     boundaries,
     check_generator,
     expect,
+    flag,
     longest,
     number,
 )
@@ -110,17 +111,18 @@ def attention(
     bias, slopes = _bias(attn_bias, q, sequences), check_slopes(alibi_slopes, q, sequences.number)
     lengths = _key_lengths(key_lengths, q, sequences)
     check_generator(generator)
+    wants_lse, wants_weights = flag("return_lse", return_lse), flag("return_attn_weights", return_attn_weights)
     dropout = check_dropout(dropout_p)
     seed = draw_seed(dropout, q, generator)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else number("softmax_scale", softmax_scale)
-    numbers = scale, bool(causal), *check_window(window_size), _check_softcap(softcap), dropout
+    numbers = scale, flag("causal", causal), *check_window(window_size), _check_softcap(softcap), dropout
     packed = sequences.offsets_q is not None
     q, k, v = (x[None] if packed else x for x in (q, k, v))
     args = q, k, v, bias, slopes, *sequences[:2], lengths, seed, *sequences[2:4], *numbers
     out, lse = ops.attention(*args)
     results = [out[0] if packed else out]
-    results += [lse[0] if packed else lse] if return_lse else []
-    results += [ops.weights(*args)] if return_attn_weights else []
+    results += [lse[0] if packed else lse] if wants_lse else []
+    results += [ops.weights(*args)] if wants_weights else []
     return results[0] if len(results) == 1 else tuple(results)
 
 

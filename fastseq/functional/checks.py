@@ -124,6 +124,14 @@ def number(name: str, value: Any) -> float:
     return result
 
 
+def flag(name: str, value: Any) -> bool:
+    """Check a switch: anything that is true or false."""
+    try:
+        return bool(value)
+    except (RuntimeError, ValueError):  # a tensor or an array of several
+        raise TypeError(f"{name}: got {_what(value)}, wanted True or False") from None
+
+
 def boundaries(name: str, offsets: Any, x: Tensor) -> Tensor:
     """Check the (N+1,) boundaries of packed sequences where q is, as int32."""
     size = offsets.shape[0] if isinstance(offsets, Tensor) and offsets.dim() and offsets.numel() else 1

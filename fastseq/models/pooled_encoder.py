@@ -68,7 +68,7 @@ class PooledEncoder(nn.Module):
             return states[:, 0].float()
         on = attention_mask.to(states.dtype).unsqueeze(1)
         summed = torch.matmul(on, states).squeeze(1).float()
-        return summed / attention_mask.sum(1, keepdim=True).clamp(min=1)
+        return summed / attention_mask.sum(1, keepdim=True, dtype=torch.float32).clamp(min=1)
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep no activations inside the layers: the backward pass computes them again."""

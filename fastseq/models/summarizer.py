@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseq import functional
+from fastseq.functional.checks import flag
 from fastseq.models.beam import Found, Search, Settings
 from fastseq.models.bilstm import BiLSTM, mask_of
 from fastseq.models.checks import check_ids
@@ -243,7 +244,8 @@ class PointerGeneratorSummarizer(nn.Module):
             ValueError: A shape, a device, an id or a setting is not as above.
             TypeError: A type or dtype is not as above.
         """
-        limits = (beam_size, max_steps, min_steps, length_penalty, no_repeat_ngram, early_stopping)
+        early, return_attention = flag("early_stopping", early_stopping), flag("return_attention", return_attention)
+        limits = (beam_size, max_steps, min_steps, length_penalty, no_repeat_ngram, early)
         settings = Settings(START, STOP, (PAD, UNK, START), *limits)
         memory = self.encode(source_ids, source_lengths)
         check_ids("source_extended", source_extended, "(B, S)", tuple(source_ids.shape), source_ids, ABSENT, MANY)

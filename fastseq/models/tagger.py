@@ -41,7 +41,7 @@ class SoftmaxDecoder(nn.Module):
             raise ValueError(f"reduction: 'sum' or 'mean' is wanted, got {reduction!r}")
         _check_scores(emissions, mask)
         check_ids("tags", tags, "(B, T)", tuple(mask.shape), emissions, 0, emissions.shape[2], IGNORE)
-        target = tags.masked_fill(~mask, IGNORE).flatten()
+        target = tags.long().masked_fill(~mask, IGNORE).flatten()
         total = -nn.functional.cross_entropy(
             emissions.float().flatten(0, 1), target, ignore_index=IGNORE, reduction="sum"
         )

@@ -109,11 +109,17 @@ def test_a_plan_of_today_is_one_of_tomorrow() -> None:
         ({"lengths": [1], "batch_size": 1, "window": 0}, ValueError, "window: got 0"),
         ({"lengths": [9], "max_tokens": 8}, ValueError, "max_tokens: got 8, wanted at least the longest"),
         ({"lengths": [9], "max_tokens": 9, "drop_last": True}, ValueError, "drop_last: needs a batch_size"),
+        ({"lengths": [9], "batch_size": 1, "drop_last": np.ones(2)}, TypeError, "drop_last: got ndarray, wanted True"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         host.bucket_batches(**arguments)
+
+
+def test_a_device_that_is_not_known() -> None:
+    with pytest.raises(ValueError, match="device: got 'tpu', wanted 'cpu' or 'cuda'"):
+        host.multiplies_bf16("tpu")
 
 
 def test_no_sequences() -> None:

@@ -164,6 +164,8 @@ BOUNDS = torch.tensor([0, 2, 5], dtype=torch.int32)
         ((X, None, X), {}, TypeError, "k: got NoneType"),
         ((X, X, X), {"alibi_slopes": torch.zeros(3)}, ValueError, r"alibi_slopes: got shape \(3,\)"),
         ((X, X, X), {"window_size": 3}, TypeError, "window_size: got 3"),
+        ((X, X, X), {"causal": torch.ones(2)}, TypeError, r"causal: got a float32 tensor.*wanted True or False"),
+        ((X, X, X), {"return_attn_probs": torch.ones(2)}, TypeError, "return_attn_probs: got a float32 tensor"),
     ],
     ids=str,
 )

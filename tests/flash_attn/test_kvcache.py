@@ -181,6 +181,8 @@ COS = torch.zeros(16, 4)
         ),
         ({"block_table": torch.zeros(3, 1).int()}, ValueError, r"block_table: got shape \(3, 1\)"),
         ({"window_size": (1, 2, 3)}, TypeError, "window_size"),
+        ({"causal": torch.ones(2)}, TypeError, "causal: got a float32 tensor"),
+        ({"return_softmax_lse": torch.ones(2)}, TypeError, "return_softmax_lse: got a float32 tensor"),
     ],
     ids=str,
 )

@@ -255,3 +255,5 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
         summarizer(**options)
     with pytest.raises(ValueError, match="beam_size"):
         summarizer().summarize(*sources(), beam_size=0)
+    with pytest.raises(TypeError, match="early_stopping: got a float32 tensor"):
+        summarizer().summarize(*sources(), early_stopping=torch.ones(2))  # type: ignore[arg-type]

@@ -80,6 +80,7 @@ def test_the_softmax_decoder_is_a_crf_without_transitions() -> None:
             atol=1e-5,
         )
     assert torch.equal(softmax.viterbi(emissions, mask)[0], crf.viterbi(emissions, mask)[0])
+    assert torch.equal(softmax(emissions, tags.int(), mask), softmax(emissions, tags, mask))
 
 
 @pytest.mark.parametrize("freeze", [False, True])

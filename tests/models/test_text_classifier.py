@@ -66,6 +66,7 @@ def test_without_labels_it_gives_logits_and_predictions() -> None:
     assert logits.shape == (4, K)
     assert logits.dtype == torch.float32
     assert torch.equal(model.predict(b["input_ids"], b["attention_mask"]), logits.argmax(-1))
+    assert torch.equal(model(b["input_ids"], b["attention_mask"].double()), logits)  # a mask of any real type
     longer = F.pad(b["input_ids"], (0, 5)), F.pad(b["attention_mask"], (0, 5))
     torch.testing.assert_close(model(*longer), logits, rtol=1e-5, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
+from fastseq.flash_attn import flash_attn_func
 from fastseq.ops.attention import dot_product as ops
 from fastseq.ops.attention.dot_product import eager, reference
 from fastseq.ops.attention.dropout import keep_mask, kept_scale, threshold
@@ -376,3 +378,15 @@ def test_lengths_that_do_not_fit(device: str, match: str, options: dict[str, Any
         ops.attention_grad(out, None, out, lse, *args, False)
     with fastseq.use("reference"), pytest.raises(ValueError, match=match):
         ops.attention(*args)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference", None])
+def test_no_query_heads(backend: str | None) -> None:
+    """Found by fuzzing: a key head that no query head shares, which flash_attn's names allow."""
+    q, k, v = inputs(2, 3, 4, 0, 1, 4)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    with fastseq.use(backend) if backend else nullcontext():
+        out = flash_attn_func(*leaves, causal=True)
+        out.sum().backward()
+    assert out.shape == (2, 3, 0, 4)
+    assert not any(x.grad.any() for x in leaves if x.grad is not None)

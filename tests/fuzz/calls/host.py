@@ -76,6 +76,11 @@ def encode(draw: Draw, name: str) -> Call:
     return Call(call, arguments, ways=WAYS)
 
 
+@draws("host.multiplies_bf16")
+def multiplies_bf16(draw: Draw) -> Call:
+    return Call(host.multiplies_bf16, {"device": draw.choice("cpu", "cuda")}, ways=WAYS)
+
+
 @draws("host.keep_memory")
 def keep_memory(draw: Draw) -> Call:
     return Call(host.keep_memory, {"on": draw.chance(0.5)}, spoils=False)

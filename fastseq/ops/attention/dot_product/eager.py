@@ -195,7 +195,7 @@ def _forward(block: _Block, heads: _Heads) -> tuple[Tensor, Tensor]:
     norm = scores.sum(-1, keepdim=True)
     if block.keep is not None:
         scores.masked_fill_(~block.keep, 0)
-    out = torch.bmm(scores.view(len(v), -1, scores.shape[-1]), v).view(*scores.shape[:-1], -1)
+    out = torch.bmm(scores.view(len(v), -1, scores.shape[-1]), v).view(*scores.shape[:-1], v.shape[-1])
     dead = top == -INF
     out.mul_(kept_scale(heads.args.dropout) / norm).masked_fill_(dead, 0)
     if heads.bad is not None and block.hidden is not None:
